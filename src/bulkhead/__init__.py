@@ -1,0 +1,1 @@
+"""bulkhead: any OCI image behind the isolation boundary its workload needs."""

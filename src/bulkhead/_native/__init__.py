@@ -1,0 +1,1 @@
+"""Programs built from native/: client, holder, init."""

@@ -1,0 +1,1 @@
+"""Floor 3: the seam between workloads and what isolates them."""

@@ -1,0 +1,222 @@
+"""The seam: what every boundary is to the rest of the project.
+
+Two Protocols, eight methods together. The OCI bundle is the contract: a runtime-spec config plus a
+root file system. Anything beyond (pause, update, stats, processes) is a small optional Protocol
+that the boundary's `Report` declares.
+
+The methods are coroutines because launching, killing and waiting cross process boundaries; none of
+them blocks the loop for longer than a few system calls.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from bulkhead.linux.fds import OwnedFd
+from bulkhead.oci.runtime import Process as ProcessSpec
+from bulkhead.oci.runtime import Resources, Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """One thing a host lacks: what it is, and the command or setting that mends it."""
+
+    what: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a boundary can do on this host; the conformance suite holds it to this."""
+
+    name: str
+    usable: bool
+    missing: tuple[Missing, ...] = ()
+    optional: frozenset[str] = frozenset()
+    """Names of the optional Protocols that its instances implement, e.g. "pausable"."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """For people: kernel, acceleration and the like."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rootfs:
+    """The root file system of a workload.
+
+    Either `directory` (an OCI bundle's unpacked root), or an overlay of `lowers` (mounted
+    directories, topmost first) under `upper` with `work` beside it on one file system.
+    """
+
+    lowers: tuple[str, ...] = ()
+    upper: str | None = None
+    work: str | None = None
+    directory: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A workload to be: its id, its OCI configuration, its root and a private runtime directory."""
+
+    id: str
+    spec: Spec
+    rootfs: Rootfs
+    directory: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stdio:
+    """Where a process's standard streams go.
+
+    Without `terminal`: `stdin`, `stdout`, `stderr` are the child's ends (descriptors of the caller,
+    lent). With it: they are ignored, the child opens a pseudo-terminal in its own devpts and the
+    launcher receives the master. `keep` are the other ends, which the launcher holds for `meta`'s
+    reader (keeper/).
+    """
+
+    terminal: bool = False
+    stdin: int = -1
+    stdout: int = -1
+    stderr: int = -1
+    keep: tuple[int, ...] = ()
+    meta: bytes = b""
+    rows: int = 0
+    columns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchRequest:
+    """One compiled launch program (`linux/program.py`) and what it needs.
+
+    `id` names the process to the launcher: the workload's id, or "ID/EXEC" for an exec.
+    `fds` are lent; the program refers to them by index. `uid_map` and `gid_map`, in the format of
+    user_namespaces(7), are written for a child born in a new user namespace. `record` is the path
+    where the exit record is written. `steps` names the program's steps, for errors.
+    """
+
+    id: str
+    program: bytes
+    clone_flags: int
+    fds: Sequence[int]
+    steps: Sequence[str]
+    record: str = ""
+    keep: Sequence[int] = ()
+    meta: bytes = b""
+    uid_map: str = ""
+    gid_map: str = ""
+    cgroup_fd: int = -1
+    """CLONE_INTO_CGROUP target (cgroup v2), or -1."""
+
+
+@dataclass(slots=True)
+class Launched:
+    """A process that has executed its program."""
+
+    pid: int
+    started_ns: int
+    """CLOCK_REALTIME."""
+    pidfd: OwnedFd | None = None
+
+
+class Launcher(Protocol):
+    """What runs launch programs: the holder, or the calling process itself."""
+
+    async def launch(self, request: LaunchRequest) -> Launched:
+        """Run the program up to its exec; LaunchFailed names the step that failed."""
+        ...
+
+    async def signal(self, identity: str, signal: int) -> None:
+        """Send `signal` to the process launched as `identity`; NotFound when it is gone."""
+        ...
+
+    async def forget(self, identity: str) -> None:
+        """Drop what is remembered of an ended process."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceState:
+    """OCI runtime-spec state: status is creating, created, running, paused or stopped."""
+
+    id: str
+    status: str
+    pid: int = 0
+
+
+class Instance(Protocol):
+    """One workload behind a boundary."""
+
+    async def start(self, stdio: Stdio) -> Launched:
+        """Run the workload's program."""
+        ...
+
+    def state(self) -> InstanceState:
+        """What the kernel says now."""
+        ...
+
+    async def kill(self, signal: int, *, everyone: bool = False) -> None:
+        """Signal the first process, or every one of the workload."""
+        ...
+
+    async def delete(self, *, force: bool = False) -> None:
+        """Remove all that create and start acquired; Conflict while it runs, unless `force`."""
+        ...
+
+    async def exec(self, identity: str, process: ProcessSpec, stdio: Stdio) -> Launched:
+        """Run one more process inside, known to the launcher as "ID/`identity`"."""
+        ...
+
+
+class Boundary(Protocol):
+    """One way to isolate workloads."""
+
+    name: str
+
+    def probe(self) -> Report:
+        """What this host can do, found out by trying."""
+        ...
+
+    async def create(self, bundle: Bundle) -> Instance:
+        """Acquire what the workload needs (control groups, devices), start nothing."""
+        ...
+
+    async def load(self, bundle: Bundle, pid: int) -> Instance:
+        """The instance of an earlier process of ours; `pid` 0 if it does not run."""
+        ...
+
+
+@runtime_checkable
+class Pausable(Protocol):
+    """Optional, "pausable"."""
+
+    async def pause(self) -> None:
+        """Freeze every process."""
+        ...
+
+    async def resume(self) -> None:
+        """Thaw them."""
+        ...
+
+
+@runtime_checkable
+class Updatable(Protocol):
+    """Optional, "updatable"."""
+
+    async def update(self, resources: Resources) -> None:
+        """Apply changed limits at once; members that are None stay as they are."""
+        ...
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """Optional, "measured"."""
+
+    def stats(self) -> dict[str, Any]:
+        """Usage in the shape of Docker's ContainerStatsResponse (cpu_stats, memory_stats, …)."""
+        ...
+
+    def processes(self) -> list[int]:
+        """Process ids on the host of everything inside."""
+        ...
+
+    def oom_kills(self) -> int:
+        """How many processes the kernel has killed here for want of memory."""
+        ...

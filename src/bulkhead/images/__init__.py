@@ -1,0 +1,1 @@
+"""Floor 5: images: pull, push, load, save, commit, bootstrap."""

@@ -1,0 +1,1 @@
+"""Floor 2: one module per isolation mechanism; each plans and applies."""

@@ -1,0 +1,1 @@
+"""Floor 0: the kernel as typed Python; the only place with ctypes."""

@@ -1,0 +1,1 @@
+"""Floor 5: bridges, addresses, names and published ports."""

@@ -1,0 +1,1 @@
+"""Floor 1: the OCI specifications as typed data, without I/O."""

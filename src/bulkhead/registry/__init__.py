@@ -1,0 +1,1 @@
+"""Floor 5: a client of the OCI distribution specification."""

@@ -1,0 +1,1 @@
+"""Floor 1: the frames and messages between clients and the engine."""

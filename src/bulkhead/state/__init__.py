@@ -1,0 +1,1 @@
+"""Floor 5: SQLite records with numbered migrations."""

@@ -1,0 +1,1 @@
+"""Floor 5: content-addressed blobs and one EROFS file per layer."""
