@@ -49,7 +49,7 @@ class Denied(BulkheadError):
 
 
 class Unsupported(BulkheadError):
-    """This host, kernel or boundary cannot do that; the message names the remedy if there is one."""
+    """This host, kernel or boundary cannot do that; the message names a remedy if there is one."""
 
     category = "unsupported"
 

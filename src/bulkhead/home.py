@@ -55,7 +55,9 @@ def default(root: str | None = None, run: str | None = None) -> Home:
     run = run or os.environ.get("BULKHEAD_RUN")
     uid = os.geteuid()
     if uid == 0:
-        return Home(os.path.abspath(root or "/var/lib/bulkhead"), os.path.abspath(run or "/run/bulkhead"))
+        return Home(
+            os.path.abspath(root or "/var/lib/bulkhead"), os.path.abspath(run or "/run/bulkhead")
+        )
     data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{uid}"
     return Home(

@@ -70,7 +70,7 @@ class Splitter:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[Message]:
-        """The messages that `data` completes; ValueError on a frame that is too long or not ours."""
+        """The messages that `data` completes; ValueError on a frame too long or not ours."""
         buffer = self._buffer
         buffer += data
         found: list[Message] = []
