@@ -1,1 +1,1 @@
-"""Floor 5: SQLite records with numbered migrations."""
+"""The engine's records: SQLite with numbered migrations."""

@@ -1,0 +1,190 @@
+"""An engine of its own on temporary directories, and a synchronous way to call it."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bulkhead.errors import rebuild
+from bulkhead.rpc import wire
+
+DEADLINE_S = 120.0
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+
+
+class Rpc:
+    """One connection; requests one after the other."""
+
+    def __init__(self, path: str) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self.sock.connect(path)
+        except OSError:
+            self.sock.close()
+            raise
+        self.sock.settimeout(DEADLINE_S)
+        self._splitter = wire.Splitter()
+        self._ready: list[wire.Message] = []
+        self._number = 0
+
+    def start(self, method: str, params: dict[str, Any], fds: Sequence[int] = ()) -> int:
+        """Send a request; its number."""
+        self._number += 1
+        data = wire.frame(
+            wire.Message(id=self._number, method=method, params=wire.pack(params), fds=len(fds))
+        )
+        sent = socket.send_fds(self.sock, [data], list(fds)) if fds else self.sock.send(data)
+        self.sock.sendall(data[sent:])
+        return self._number
+
+    def cancel(self, number: int) -> None:
+        """Ask the engine to stop that request."""
+        self.sock.sendall(wire.frame(wire.Message(id=number, method="cancel")))
+
+    def receive(self) -> wire.Message:
+        """The next frame."""
+        while not self._ready:
+            data = self.sock.recv(1 << 16)
+            if not data:
+                raise ConnectionError("the engine hung up")
+            self._ready.extend(self._splitter.feed(data))
+        return self._ready.pop(0)
+
+    def frames(self, number: int) -> Iterator[Any]:
+        """Items of request `number`, then its result as the generator's return value."""
+        while True:
+            message = self.receive()
+            if message.id != number:
+                continue
+            if message.error is not None:
+                error = message.error
+                raise rebuild(error.category, error.message, error.details)
+            if message.done:
+                return msgspec.msgpack.decode(message.result)
+            yield msgspec.msgpack.decode(message.item)
+
+    def stream(
+        self, method: str, params: dict[str, Any] | None = None, fds: Sequence[int] = ()
+    ) -> tuple[list[Any], Any]:
+        """All items, and the result."""
+        items = []
+        frames = self.frames(self.start(method, params or {}, fds))
+        while True:
+            try:
+                items.append(next(frames))
+            except StopIteration as end:
+                return items, end.value
+
+    def call(self, method: str, fds: Sequence[int] = (), /, **params: Any) -> Any:
+        """The result; the error is raised."""
+        return self.stream(method, params, fds)[1]
+
+    def close(self) -> None:
+        """Hang up."""
+        self.sock.close()
+
+    def __enter__(self) -> "Rpc":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Rig:
+    """Starts, kills and asks an engine."""
+
+    def __init__(self, root: Path, run: Path) -> None:
+        self.root, self.run = root, run
+        self.process: subprocess.Popen[bytes] | None = None
+        self.log = root.parent / "engine.log"
+        self._rpc: Rpc | None = None
+
+    @property
+    def socket(self) -> str:
+        return str(self.run / "engine.sock")
+
+    def launch(self) -> subprocess.Popen[bytes]:
+        """The process alone, not waited for."""
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "bulkhead.engine", "--root", self.root, "--run", self.run],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": str(SOURCE)},
+            )
+
+    def start(self) -> None:
+        """Start the engine and wait until it answers."""
+        self.process = self.launch()
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            if self.process.poll() is not None:
+                raise AssertionError(f"the engine ended: {self.log.read_text()[-4000:]}")
+            with contextlib.suppress(OSError), Rpc(self.socket) as rpc:
+                rpc.call("system.ping")
+                return
+            if time.monotonic() > deadline:
+                raise AssertionError(f"no answer: {self.log.read_text()[-4000:]}")
+            time.sleep(0.01)
+
+    @property
+    def rpc(self) -> Rpc:
+        if self._rpc is None:
+            self._rpc = Rpc(self.socket)
+        return self._rpc
+
+    def call(self, method: str, fds: Sequence[int] = (), /, **params: Any) -> Any:
+        return self.rpc.call(method, fds, **params)
+
+    def hang_up(self) -> None:
+        if self._rpc is not None:
+            self._rpc.close()
+            self._rpc = None
+
+    def kill(self) -> None:
+        """SIGKILL to the engine alone."""
+        self.hang_up()
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(DEADLINE_S)
+        self.process = None
+
+    def stop(self) -> int:
+        """SIGTERM, and its exit code; workloads run on."""
+        self.hang_up()
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(DEADLINE_S)
+        self.process = None
+        return code
+
+    def end(self) -> None:
+        """Remove every workload and stop engine, holder and keeper."""
+        if self.process is None:
+            self.start()
+        with contextlib.suppress(ConnectionError):
+            self.call("system.shutdown", force=True)
+        self.hang_up()
+        assert self.process is not None
+        self.process.wait(DEADLINE_S)
+        self.process = None
+
+
+@contextlib.contextmanager
+def engine(directory: Path) -> Iterator[Rig]:
+    """A running engine below `directory`; everything of it ends with the block."""
+    rig = Rig(directory / "root", directory / "run")
+    try:
+        rig.start()
+        yield rig
+    finally:
+        rig.end()
