@@ -1,0 +1,90 @@
+"""`python -m bench [CASE…] [--rounds N] [--write]`: measure beside the peers, hold to targets.
+
+Starts a dockerd, a registry and an installation of its own, measures the cases in turn on an
+otherwise quiet machine, prints the table, and with --write puts it into docs/benchmarks.md.
+"""
+
+import argparse
+import contextlib
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench import peers
+from bench.cases import CASES, Result, Rig, prepare
+from bench.targets import TARGETS
+
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+MARK = "<!-- measured below by python -m bench --write -->"
+
+
+@contextlib.contextmanager
+def registry(folder: Path) -> Iterator[str]:
+    """Debian's docker-registry on a free loopback port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        number = probe.getsockname()[1]
+    config = folder / "registry.yml"
+    config.write_text(
+        f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: "
+        f"{folder}/registry}}}}\nhttp: {{addr: 127.0.0.1:{number}}}\n"
+    )
+    with (folder / "registry.log").open("wb") as log:
+        server = subprocess.Popen(["docker-registry", "serve", str(config)], stdout=log, stderr=log)
+    try:
+        time.sleep(1)
+        yield f"127.0.0.1:{number}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def table(results: Result, facts: dict[str, str]) -> str:
+    """The results as Markdown."""
+    lines = ["| measured | value | target | |", "|---|---|---|---|"]
+    for target in TARGETS:
+        if target.key in results:
+            value = results[target.key]
+            sign = "≥" if target.at_least else "≤"
+            verdict = "reached" if target.reached(value) else "**missed**"
+            lines.append(f"| {target.what} | {value:.3g} | {sign} {target.limit:.3g} | {verdict} |")
+    lines += ["", *(f"- {name}: {text}" for name, text in facts.items())]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure; exit status 0 even when a target is missed: the table says so."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    results: Result = {}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory("bench", dir="/var/tmp")))
+        remote = stack.enter_context(registry(folder))
+        docker = stack.enter_context(peers.docker(folder, remote))
+        ours = stack.enter_context(peers.ours(folder))
+        rig = Rig(folder, ours, docker, remote, options.rounds)
+        prepare(rig)
+        for name in options.cases:
+            print(f"bench: {name} …", file=sys.stderr, flush=True)
+            results |= CASES[name](rig)
+        text = table(results, rig.facts)
+    print(text)
+    if options.write:
+        head = PAGE.read_text().partition(MARK)[0]
+        machine = f"{os.cpu_count()} cores, Linux {platform.release()}"
+        day = time.strftime("%Y-%m-%d")
+        PAGE.write_text(f"{head}{MARK}\n\nMeasured {day} on {machine}.\n\n{text}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""What the measurements are held to; each is a ratio or a bound against a peer of the same run."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line of the results: `limit` is the most it may be, or the least if `at_least`."""
+
+    key: str
+    what: str
+    limit: float
+    at_least: bool = False
+    unit: str = "×"
+
+    def reached(self, value: float) -> bool:
+        return value >= self.limit if self.at_least else value <= self.limit
+
+
+TARGETS: tuple[Target, ...] = (
+    Target("run.docker", "`run --rm IMAGE true`, native client / docker run", 1 / 60),
+    Target("run.crun", "the same / `crun run` on a prepared bundle", 1.0),
+    Target("run.bwrap", "the same / bwrap", 1.5),
+    Target("run.python.docker", "pure-Python client / docker run", 1 / 20),
+    Target("run.python.runc", "pure-Python client / `runc run`", 0.6),
+    Target("cycle.docker", "create+start+wait+remove per second, SDK / docker-py", 50, True),
+    Target("live500", "start cost with 500 live containers / with none", 1.3),
+    Target("memory.docker", "memory per idle container / docker's", 1 / 6),
+    Target("daemons.docker", "engine+keeper+holder+command server / dockerd+containerd", 0.5),
+    Target("load.docker", "load of a gzip Debian image / docker load", 0.4),
+    Target("pull.docker", "pull from a local registry / docker pull", 0.5),
+    Target("disk.docker", "disk used by the Debian image / docker's", 1.0),
+    Target("port.direct", "published-port throughput / direct to the container", 0.85, True),
+    Target("getppid.native", "getppid in a container / native", 1.1),
+    Target("open.native", "open+close in a container / native", 1.1),
+    Target("getppid.docker", "getppid in a container / in docker's", 1.0),
+    Target("open.docker", "open+close in a container / in docker's", 1.0),
+)
