@@ -84,12 +84,16 @@ class Descriptor(msgspec.Struct, rename="camel", omit_defaults=True):
             )
 
 
+def _two() -> int:
+    return 2
+
+
 class Manifest(msgspec.Struct, rename="camel", omit_defaults=True):
     """One image for one platform."""
 
     config: Descriptor
     layers: list[Descriptor]
-    schema_version: int = 2
+    schema_version: int = msgspec.field(default_factory=_two)  # a factory: never omitted
     media_type: str = ""
     artifact_type: str = ""
     subject: Descriptor | None = None
@@ -100,7 +104,7 @@ class Index(msgspec.Struct, rename="camel", omit_defaults=True):
     """Several manifests, usually one per platform."""
 
     manifests: list[Descriptor]
-    schema_version: int = 2
+    schema_version: int = msgspec.field(default_factory=_two)  # a factory: never omitted
     media_type: str = ""
     artifact_type: str = ""
     subject: Descriptor | None = None
@@ -265,18 +269,35 @@ def decode_manifest(data: bytes, declared: str = "", what: str = "manifest") -> 
     return manifest
 
 
-def decode_index(data: bytes, declared: str = "", what: str = "index") -> Index:
-    """A checked index; its `media_type` is filled in. Corrupt, Invalid or Unsupported if not."""
+def decode_index(
+    data: bytes, declared: str = "", what: str = "index", most: int = MOST_MANIFESTS
+) -> Index:
+    """A checked index; its `media_type` is filled in. Corrupt, Invalid or Unsupported if not.
+
+    It may list `most` manifests.
+    """
     kind = media_type_of(decode_object(data, what), declared, what)
     if kind not in INDEXES:
         raise Corrupt(f"{what} is a manifest where an index was expected")
     index: Index = _decode(_index, data, what)
     index.media_type = kind
-    if len(index.manifests) > MOST_MANIFESTS:
-        raise Invalid(f"{what} lists {len(index.manifests)} manifests; at most {MOST_MANIFESTS}")
+    if len(index.manifests) > most:
+        raise Invalid(f"{what} lists {len(index.manifests)} manifests; at most {most}")
     for entry in index.manifests:
         entry.validate(f"{what}: manifest", LARGEST_MANIFEST)
     return index
+
+
+def blobs_of(data: bytes, what: str) -> list[Descriptor]:
+    """The config and layers any manifest refers to, be it an image, an artifact or an attestation.
+
+    Digests and sizes are checked, media types are not.
+    """
+    manifest: Manifest = _decode(_manifest, data, what)
+    blobs = [manifest.config, *manifest.layers]
+    for blob in blobs:
+        blob.validate(what)
+    return blobs
 
 
 def decode_config(data: bytes, what: str = "image configuration") -> ImageConfig:

@@ -1,0 +1,120 @@
+"""Images: the one face the engine uses. Every method may block; call them in threads.
+
+Progress goes to a callback as Docker's JSON messages ({"status", "id", "progressDetail"} or
+{"stream"}). A callback that raises aborts the operation, which leaves nothing half-named behind.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any, BinaryIO
+
+from bulkhead.home import Home
+from bulkhead.images import archive_read, describe, filters, removal
+from bulkhead.images.catalog import Catalog, Image
+from bulkhead.images.names import Names
+from bulkhead.images.progress import Progress, silent
+from bulkhead.store.content import ContentStore
+
+List = list
+Auth = Mapping[str, Any] | None
+"""Docker's X-Registry-Auth ({"username", "password", "identitytoken", "registrytoken"}); None: what
+the engine's own docker configuration says; {}: anonymous."""
+
+
+class ImageService:
+    """Images of one installation."""
+
+    def __init__(self, home: Home, store: ContentStore) -> None:
+        self.home = home
+        self.store = store
+        self.names = Names(store.root)
+        self.catalog = Catalog(store, self.names)
+
+    # --- reading
+
+    def resolve(self, ref: str) -> Image:
+        """The image that a name, an id or a unique prefix of one means; NotFound if none."""
+        return self.catalog.resolve(ref)
+
+    def list(
+        self,
+        filters_: Mapping[str, Any] | None = None,
+        *,
+        all_: bool = False,
+        users: describe.Users | None = None,
+        shared_size: bool = False,
+    ) -> List[dict[str, Any]]:
+        """Docker's ImageSummary dicts, newest first. `all_` changes nothing: no hidden images.
+
+        Images used by a workload but without any name are listed as dangling ones.
+        """
+        wanted = filters.normalise(filters_, filters.LIST)
+        snapshot = self.names.read()
+        passes = filters.predicate(wanted, snapshot, self.resolve)
+        images = [self.catalog.image(identity, snapshot) for identity in snapshot.by_image]
+        shared = describe.shared_sizes(self.catalog, images) if shared_size else {}
+        rows = [
+            describe.summary(
+                self.catalog, image, snapshot, users or {}, shared=shared.get(image.id, -1)
+            )
+            for image in images
+            if passes(image)
+        ]
+        rows.sort(key=lambda row: (-row["Created"], row["Id"]))
+        return rows
+
+    def inspect(self, ref: str) -> dict[str, Any]:
+        """Docker's ImageInspect."""
+        snapshot = self.names.read()
+        image = self.catalog.image(self.catalog.find(ref, snapshot), snapshot)
+        return describe.inspect(self.catalog, image, snapshot)
+
+    def history(self, ref: str) -> List[dict[str, Any]]:
+        """Docker's image history, newest first."""
+        snapshot = self.names.read()
+        image = self.catalog.image(self.catalog.find(ref, snapshot), snapshot)
+        return describe.history(self.catalog, image, snapshot)
+
+    def disk_usage(self, users: describe.Users | None = None) -> dict[str, Any]:
+        """Docker's image part of `system df`; every layer and blob counted once, bytes on disk."""
+        return describe.disk_usage(self.catalog, users or {})
+
+    # --- names
+
+    def tag(self, source: str, target: str) -> None:
+        """Give the image `source` the further name `target`."""
+        removal.tag(self.catalog, source, target)
+
+    def remove(
+        self,
+        ref: str,
+        force: bool = False,
+        noprune: bool = False,
+        users: describe.Users | None = None,
+        running: Collection[str] = (),
+    ) -> List[dict[str, str]]:
+        """`rmi`: docker's list of {"Untagged"} and {"Deleted"}; `running`: names of running users.
+
+        Conflict in Docker's words when a workload or another name needs it.
+        """
+        return removal.remove(
+            self.catalog, ref, force=force, noprune=noprune, users=users or {}, running=running
+        )
+
+    def prune(
+        self, filters_: Mapping[str, Any] | None = None, users: describe.Users | None = None
+    ) -> dict[str, Any]:
+        """Remove images without a name (`dangling` false: all unused), then collect garbage."""
+        return removal.prune(self.catalog, filters_, users or {})
+
+    def gc(self) -> int:
+        """Delete content that no image needs; returns bytes freed on disk."""
+        return self.store.gc(self.catalog.roots).freed
+
+    # --- archives
+
+    def load(self, file: BinaryIO, progress: Progress = silent) -> List[str]:
+        """Store the images of an archive (docker-archive or OCI, compressed or not).
+
+        Returns their familiar names, or ids of those without.
+        """
+        return archive_read.load(self.catalog, file, progress)
