@@ -1,1 +1,20 @@
 """bulkhead: any OCI image behind the isolation boundary its workload needs."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bulkhead.client.aio import AsyncClient as AsyncClient
+    from bulkhead.client.sdk import Client as Client
+
+
+def __getattr__(name: str) -> object:
+    """`from bulkhead import Client`, imported at first use (PEP 562)."""
+    if name == "Client":
+        from bulkhead.client.sdk import Client
+
+        return Client
+    if name == "AsyncClient":
+        from bulkhead.client.aio import AsyncClient
+
+        return AsyncClient
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

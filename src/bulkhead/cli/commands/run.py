@@ -1,0 +1,246 @@
+"""`run` and `create`."""
+
+import os
+import sys
+from typing import Any
+
+from bulkhead.cli.body import create_body
+from bulkhead.cli.command import Command, Context
+from bulkhead.cli.options import Parsed, UsageError
+from bulkhead.cli.run_options import CREATE, RUN
+from bulkhead.cli.session import Session, Stopped, attached_fds, detach_keys, require_terminal
+from bulkhead.errors import BulkheadError, Conflict, NotFound, Unavailable
+
+
+def _pull(context: Context, image: str, parsed: Parsed, *, quiet: bool) -> None:
+    from bulkhead.cli.pulling import pull
+
+    pull(context, image, platform=parsed["platform"], quiet=quiet, stream=sys.stderr)
+
+
+def _ensure_image(context: Context, parsed: Parsed, error: NotFound | None = None) -> None:
+    """--pull: always before, missing after a NotFound for the image, never: raise it."""
+    image, policy = parsed.args[0], parsed["pull"]
+    if error is None:
+        if policy == "always":
+            _pull(context, image, parsed, quiet=parsed["quiet"])
+        return
+    if policy == "never" or not error.message.lower().startswith("no such image"):
+        raise error
+    if not parsed["quiet"]:
+        shown = image if ":" in image.rpartition("/")[2] or "@" in image else f"{image}:latest"
+        context.err(f"Unable to find image '{shown}' locally")
+    _pull(context, image, parsed, quiet=parsed["quiet"])
+
+
+def _request(context: Context, parsed: Parsed) -> dict[str, Any]:
+    """The parameters that create and run share."""
+    params: dict[str, Any] = {"body": create_body(parsed, context.environ)}
+    if parsed["name"]:
+        params["name"] = parsed["name"]
+    boundary = parsed["boundary"] or parsed["runtime"]
+    if boundary and boundary not in ("runc", "crun", "io.containerd.runc.v2"):
+        params["boundary"] = boundary
+    cidfile = parsed["cidfile"]
+    if cidfile and os.path.lexists(cidfile):
+        raise Conflict(f"container ID file found, make sure the other container isn't running "
+                       f"or delete {cidfile}")  # fmt: skip
+    return params
+
+
+def _write_cidfile(parsed: Parsed, identity: str) -> None:
+    path = parsed["cidfile"]
+    if path:
+        with open(path, "x", encoding="ascii") as file:
+            file.write(identity)
+
+
+def _dry_run(context: Context, params: dict[str, Any]) -> int:
+    plan = context.call("workload.plan", params)
+    if context.json:
+        from bulkhead.cli.output import dump
+
+        context.out(dump(plan))
+        return 0
+    for step in plan["steps"]:
+        context.out(step if isinstance(step, str) else str(step))
+    return 0
+
+
+def create(context: Context, parsed: Parsed) -> int:
+    """`bulkhead create`: make a container, print its id."""
+    params = _request(context, parsed)
+    body = params["body"]
+    streams = _streams(parsed)
+    body["AttachStdin"], body["AttachStdout"], body["AttachStderr"] = streams
+    body["StdinOnce"] = bool(parsed["interactive"] and streams[0])
+    if parsed["dry-run"]:
+        return _dry_run(context, params)
+    identity = _create(context, parsed, params)
+    context.out(identity)
+    return 0
+
+
+def _create(context: Context, parsed: Parsed, params: dict[str, Any]) -> str:
+    _ensure_image(context, parsed)
+    try:
+        made = context.call("workload.create", params)
+    except NotFound as error:
+        _ensure_image(context, parsed, error)
+        made = context.call("workload.create", params)
+    for warning in made.get("Warnings") or ():
+        context.err(f"WARNING: {warning}")
+    identity: str = made["Id"]
+    _write_cidfile(parsed, identity)
+    return identity
+
+
+def _streams(parsed: Parsed) -> tuple[bool, bool, bool]:
+    """Which of stdin, stdout and stderr to attach: -a's, else output, and input with -i."""
+    chosen = [name.lower() for name in parsed["attach"]]
+    for name in chosen:
+        if name not in ("stdin", "stdout", "stderr"):
+            raise UsageError(f'invalid argument "{name}" for "-a, --attach" flag: valid streams are '
+                             "STDIN, STDOUT and STDERR")  # fmt: skip
+    if chosen:
+        return "stdin" in chosen, "stdout" in chosen, "stderr" in chosen
+    return bool(parsed["interactive"]), True, True
+
+
+def run(context: Context, parsed: Parsed) -> int:
+    """`bulkhead run`: create, start, attach, wait; the program's exit code."""
+    params = _request(context, parsed)
+    body = params["body"]
+    if parsed["dry-run"]:
+        return _dry_run(context, params)
+    if parsed["detach"]:
+        return _detached(context, parsed, params)
+    tty = bool(parsed["tty"])
+    stdin, stdout, stderr = _streams(parsed)
+    require_terminal(tty, stdin)
+    body["AttachStdin"], body["AttachStdout"], body["AttachStderr"] = stdin, stdout, stderr
+    if stdin and parsed["interactive"]:
+        body["StdinOnce"] = True
+    stderr = stderr and not tty  # a terminal has one output
+    params["attach"] = [stdin, stdout, stderr]
+    if tty:
+        from bulkhead.cli.terminal import size
+
+        params["tty"] = True
+        params["rows"], params["columns"] = size(0)
+    if parsed["detach-keys"]:
+        params["detach_keys"] = detach_keys(parsed["detach-keys"])
+    _ensure_image(context, parsed)
+    fds = attached_fds(stdin, stdout, stderr)
+    try:
+        return _attached(context, parsed, params, fds)
+    except NotFound as error:
+        _ensure_image(context, parsed, error)
+        return _attached(context, parsed, params, fds)
+
+
+def _attached(context: Context, parsed: Parsed, params: dict[str, Any], fds: list[int]) -> int:
+    session = Session(
+        context,
+        tty=bool(parsed["tty"]),
+        stdin=params["attach"][0],
+        proxy=bool(parsed["sig-proxy"]),
+    )
+
+    def item(value: Any) -> None:
+        if "Id" in value:
+            for warning in value.get("Warnings") or ():
+                context.err(f"WARNING: {warning}")
+            _write_cidfile(parsed, value["Id"])
+
+    session.on_item = item
+    try:
+        result = session.run(context.engine, "workload.run", params, fds)
+    except Stopped as stop:
+        return 128 + stop.number
+    except Unavailable as error:
+        if session.target is None:
+            raise
+        result = wait_again(context, session.target[1], error)
+    return finish(context, result)
+
+
+def finish(context: Context, result: dict[str, Any]) -> int:
+    """The exit code that a run, attach or start -a result means; prints what must be said."""
+    if result.get("Reason") == "detached":
+        return 0
+    error = result.get("Error")
+    if isinstance(error, dict):
+        error = error.get("Message")
+    if error:
+        context.err(f"bulkhead: {error}")
+    code = result.get("StatusCode", 0)
+    if code is None:
+        context.err("bulkhead: the container's exit code is unknown: its record was lost")
+        return 125
+    return int(code)
+
+
+def wait_again(context: Context, identity: str, error: BulkheadError) -> dict[str, Any]:
+    """The engine went away while the workload ran: it and its output live on; wait at a new engine."""
+    context.close()
+    try:
+        result: dict[str, Any] = context.call(
+            "workload.wait", {"id": identity, "condition": "not-running"}
+        )
+    except NotFound:
+        raise error from None  # --rm: removed by the engine that came after, its code with it
+    return result
+
+
+def _detached(context: Context, parsed: Parsed, params: dict[str, Any]) -> int:
+    if parsed["attach"]:
+        raise UsageError("conflicting options: cannot specify both --attach and --detach")
+    identity = _create(context, parsed, params)
+    try:
+        context.call("workload.start", {"id": identity})
+    except BulkheadError:
+        if parsed["rm"]:
+            # docker leaves nothing of a --rm container that could not start
+            try:
+                context.call("workload.remove", {"id": identity, "force": True, "volumes": True})
+            except NotFound:
+                pass
+        raise
+    context.out(identity)
+    return 0
+
+
+_EXAMPLES = (
+    "bulkhead run --rm -it debian:bookworm bash",
+    "bulkhead run -d --name web -p 8080:80 nginx",
+    "bulkhead run --rm -v ./data:/data -m 64m --cpus 0.5 debian:bookworm du -sh /data",
+    "bulkhead run --dry-run debian:bookworm true",
+)
+
+COMMANDS = {
+    "run": Command(
+        "run",
+        "Create and run a new container from an image",
+        run,
+        arguments="IMAGE [COMMAND] [ARG...]",
+        options=RUN,
+        examples=_EXAMPLES,
+        least=1,
+        most=None,
+        interspersed=False,
+        completes="image",
+    ),
+    "create": Command(
+        "create",
+        "Create a new container",
+        create,
+        arguments="IMAGE [COMMAND] [ARG...]",
+        options=CREATE,
+        examples=("bulkhead create --name job debian:bookworm true", "bulkhead start -a job"),
+        least=1,
+        most=None,
+        interspersed=False,
+        completes="image",
+    ),
+}

@@ -1,0 +1,57 @@
+"""Signals as something to poll: a pipe that tells which arrived. See signal(7).
+
+In a worker of the command server they come from the client, which forwards what it gets
+(cli/server.py makes real signals of them), so that this works in both.
+"""
+
+import os
+import signal
+from collections.abc import Sequence
+
+FORWARDED: tuple[int, ...] = tuple(
+    number
+    for name in (
+        "SIGHUP SIGINT SIGQUIT SIGUSR1 SIGUSR2 SIGALRM SIGTERM SIGCONT SIGTSTP SIGWINCH SIGIO"
+    ).split()
+    if (number := getattr(signal, name, 0)) and name not in ("SIGIO", "SIGTSTP")
+)
+
+
+def _nothing(number: int, frame: object) -> None:
+    """A handler only so that the number reaches the wake-up pipe."""
+
+
+class SignalPipe:
+    """While entered, `signals` do nothing but make `fileno()` readable; `read()` lists them."""
+
+    def __init__(self, signals: Sequence[int]) -> None:
+        self._signals = signals
+        self._old: list[tuple[int, object]] = []
+        self._read = self._write = -1
+        self._old_wakeup = -1
+
+    def __enter__(self) -> "SignalPipe":
+        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        for number in self._signals:
+            self._old.append((number, signal.signal(number, _nothing)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old:
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.set_wakeup_fd(self._old_wakeup)
+        os.close(self._read)
+        os.close(self._write)
+
+    def fileno(self) -> int:
+        """The readable end, for poll(2)."""
+        return self._read
+
+    def read(self) -> list[int]:
+        """The signals since the last call; those we did not ask for are left out."""
+        try:
+            data = os.read(self._read, 4096)
+        except BlockingIOError:
+            return []
+        return [number for number in data if number in self._signals]
