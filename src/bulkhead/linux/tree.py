@@ -62,7 +62,7 @@ class Tree:
         relative = path.lstrip("/") or "."
         return self.program.call(step, "openat2", self.root, relative, how, HOW_SIZE, ok=ok)
 
-    def attach(self, step: str, mount: Slot, path: str, *, directory: bool) -> None:
+    def attach(self, step: str, mount: Argument, path: str, *, directory: bool) -> None:
         """Attach the detached `mount` at `path`, which is made if it does not exist."""
         own = self.own(path)
         if own is not None and own[1]:
@@ -90,7 +90,7 @@ class Tree:
             self._attach_resolved(step, mount, path, directory=directory)
 
     def _attach_in_own(
-        self, step: str, mount: Slot, base: Slot, rest: str, *, directory: bool
+        self, step: str, mount: Argument, base: Slot, rest: str, *, directory: bool
     ) -> None:
         """Attach below a file system of ours, making what lacks by plain names."""
         flags = MOVE_MOUNT_F_EMPTY_PATH
@@ -113,7 +113,7 @@ class Tree:
                 step, "mknodat", base, rest, stat.S_IFREG | 0o644, 0, ok=(errno.EEXIST,)
             )
 
-    def _attach_resolved(self, step: str, mount: Slot, path: str, *, directory: bool) -> None:
+    def _attach_resolved(self, step: str, mount: Argument, path: str, *, directory: bool) -> None:
         how = OPEN_DIRECTORY if directory else OPEN_ANY
         flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
         target = self.open(step, path, how, ok=(errno.ENOENT,))
