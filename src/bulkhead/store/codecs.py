@@ -68,7 +68,14 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"BZh", "bzip2"),
     (b"\xfd7zXZ\0", "xz"),
 )
-_ERRORS = (igzip_lib.error, zstd.ZstdError, lzma.LZMAError, OSError, EOFError)
+_ERRORS: tuple[type[Exception], ...] = (
+    isal_zlib.error,
+    zstd.ZstdError,
+    lzma.LZMAError,
+    OSError,
+    EOFError,
+    ValueError,
+)
 
 
 def detect(start: bytes) -> str:

@@ -400,4 +400,4 @@ class ImageWriter:
         block[fmt.SUPER_OFFSET : fmt.ROOT_OFFSET] = fmt.SUPER.pack(*fields)
         fields[1] = fmt.super_checksum(bytes(block))
         block[fmt.SUPER_OFFSET : fmt.ROOT_OFFSET] = fmt.SUPER.pack(*fields)
-        self.patch(0, block)
+        self.patch(0, bytes(block))

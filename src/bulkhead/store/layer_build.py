@@ -65,7 +65,7 @@ class LayerBuilder:
     # -- names --------------------------------------------------------------------------------
 
     def _normal(self, raw: bytes, what: str, owner: bytes) -> bytes:
-        """`raw` as components joined by single slashes, "" for the root; Invalid if it is unsafe."""
+        """`raw` as components joined by slashes, "" for the root; Invalid if it is unsafe."""
         if len(raw) > self._limits.path_bytes:
             raise Invalid(f"archive member {show(owner)}: {what} exceeds the limit of path length")
         if raw.startswith(b"/"):
