@@ -25,7 +25,7 @@ static long slots[PROGRAM_MAX_OPS];
 /* --- checking ------------------------------------------------------------------------------ */
 
 /* How many arguments a kind takes; -1: up to six. */
-static const int arity[] = {0, -1, 4, 2, 2, 2, 0, 1, 6, 4, 3, 3, 1};
+static const int arity[] = {0, -1, 4, 2, 2, 2, 0, 1, 6, 4, 3, 3, 1, 0};
 
 struct check {
     const struct header *head;
@@ -94,7 +94,7 @@ static const char *check_special(const struct check *c, const struct op *op, uin
 
 static const char *check_op(const struct check *c, const struct op *op, uint32_t index, int new_pid)
 {
-    if (op->kind < CALL || op->kind > FAIL)
+    if (op->kind < CALL || op->kind > CLOSE)
         return "unknown kind of step";
     if (op->args > 6 || op->oks > 8 || (arity[op->kind] >= 0 && op->args != arity[op->kind]))
         return "wrong number of arguments";
@@ -314,6 +314,15 @@ static long do_load(const struct run *run, const struct op *op)
     return (long)wide;
 }
 
+/* Everything but the standard streams and the channel, whose end tells the holder of the exec. */
+static long do_close(const struct run *run)
+{
+    unsigned channel = (unsigned)run->channel;
+    if (channel > 3 && syscall(SYS_close_range, 3u, channel - 1, 0))
+        return -errno;
+    return result(syscall(SYS_close_range, channel + 1, ~0u, 0));
+}
+
 static long execute(struct run *run, const struct op *op)
 {
     switch (op->kind) {
@@ -328,6 +337,7 @@ static long execute(struct run *run, const struct op *op)
     case STORE: return do_store(run, op);
     case LOAD: return do_load(run, op);
     case FAIL: return -(long)op->arg[0];
+    case CLOSE: return do_close(run);
     default: return -ENOSYS;
     }
 }

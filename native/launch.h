@@ -18,7 +18,7 @@
 #error "no launch programs for this architecture: add its AUDIT_ARCH here and in linux/program.py"
 #endif
 
-enum kind { CALL = 1, WRITE, SAME_INODE, FSTYPE, SEND_FD, FORK, GATE, EXEC, STORE, LOAD, SKIP, FAIL };
+enum kind { CALL = 1, WRITE, SAME_INODE, FSTYPE, SEND_FD, FORK, GATE, EXEC, STORE, LOAD, SKIP, FAIL, CLOSE };
 enum tag { T_INT, T_SLOT, T_FD, T_BLOB };
 
 struct header { uint32_t magic, arch, size, ops, data, fds, zero[2]; };

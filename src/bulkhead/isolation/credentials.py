@@ -15,11 +15,6 @@ from bulkhead.oci.runtime import IOPriority, Personality, Rlimit, Scheduler, Use
 
 KEYCTL_JOIN_SESSION_KEYRING = 1
 SECCOMP_SET_MODE_FILTER = 1
-SECCOMP_FLAGS: dict[str, int] = {
-    "SECCOMP_FILTER_FLAG_LOG": 2,
-    "SECCOMP_FILTER_FLAG_SPEC_ALLOW": 4,
-}
-"""TSYNC is meaningless for a single thread; a listener is not supported."""
 _UMASK = 0o022
 _ENOSYS = 38
 
@@ -70,12 +65,10 @@ _IO_CLASSES = {"IOPRIO_CLASS_RT": 1, "IOPRIO_CLASS_BE": 2, "IOPRIO_CLASS_IDLE": 
 _PERSONALITIES = {"LINUX": 0, "LINUX32": 8}
 
 
-def plan_session(program: Program, keyring: str) -> None:
+def plan_session(program: Program) -> None:
     """A session of its own, and a session keyring that holds nothing of the launcher's."""
     program.call("new session", "setsid")
-    program.call(
-        "new session keyring", "keyctl", KEYCTL_JOIN_SESSION_KEYRING, keyring, ok=(_ENOSYS,)
-    )
+    program.call("new session keyring", "keyctl", KEYCTL_JOIN_SESSION_KEYRING, None, ok=(_ENOSYS,))
 
 
 def plan_rlimits(program: Program, limits: Sequence[Rlimit]) -> None:
@@ -180,18 +173,6 @@ def plan_no_new_privs(program: Program) -> None:
     program.call("set no_new_privs", "prctl", prctl.SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def seccomp_flags(flags: Sequence[str]) -> int:
-    """The number for seccomp(2); Unsupported for what needs a listener."""
-    total = 0
-    for flag in flags:
-        if flag == "SECCOMP_FILTER_FLAG_TSYNC":
-            continue
-        if flag not in SECCOMP_FLAGS:
-            raise Unsupported(f"linux.seccomp: flag {flag} is not supported")
-        total |= SECCOMP_FLAGS[flag]
-    return total
-
-
 def plan_seccomp(program: Program, filter_: bytes, flags: int) -> None:
     """Install a filter: an array of struct sock_filter, 8 bytes each."""
     if not filter_ or len(filter_) % 8:
@@ -211,4 +192,4 @@ def plan_working_directory(program: Program, root: Slot, cwd: str, how: bytes, s
 
 def plan_close(program: Program) -> None:
     """Close every descriptor but the standard streams: no path leads to the host through one."""
-    program.call("close all other descriptors", "close_range", 3, 0xFFFFFFFF, 0)
+    program.close("close all other descriptors")

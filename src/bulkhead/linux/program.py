@@ -38,7 +38,9 @@ _WORD = struct.Struct("=Q")
 _MASK = (1 << 64) - 1
 _ARGS_AT = _OP.size - 48
 
-CALL, WRITE, SAME_INODE, FSTYPE, SEND_FD, FORK, GATE, EXEC, STORE, LOAD, SKIP, FAIL = range(1, 13)
+CALL, WRITE, SAME_INODE, FSTYPE, SEND_FD, FORK, GATE, EXEC, STORE, LOAD, SKIP, FAIL, CLOSE = range(
+    1, 14
+)
 KIND_NAMES = (
     "",
     "call",
@@ -53,6 +55,7 @@ KIND_NAMES = (
     "load",
     "skip",
     "fail",
+    "close",
 )
 _INT, _SLOT, _FD, _BLOB = range(4)
 
@@ -284,6 +287,13 @@ class Program:
         if not vectors[0].values or not vectors[1].values:
             raise ValueError(f"{step}: nothing to execute")
         self._add(_Op(EXEC, step, vectors=vectors))
+
+    def close(self, step: str) -> None:
+        """Close all descriptors but 0, 1 and 2 (and the holder's own channel, until the exec).
+
+        Before the exec it keeps a path like /proc/self/fd/9/.. from leading to the host.
+        """
+        self._add(_Op(CLOSE, step))
 
     def store(self, step: str, blob: Blob, offset: int, size: int, value: Argument) -> None:
         """Store `value` in `size` bytes (1, 2, 4, 8) at `offset` of `blob`."""
