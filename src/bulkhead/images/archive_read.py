@@ -7,10 +7,9 @@ digest that was promised is compared with the one found. Nothing has a name befo
 stored for a refused archive is garbage, collected at the next occasion.
 """
 
-import hashlib
 import posixpath
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -100,27 +99,6 @@ def _clean(name: str) -> str:
     return posixpath.normpath("/" + name).lstrip("/")
 
 
-class _Counted:
-    """Chunks passed on, hashed and counted."""
-
-    def __init__(self, chunks: Iterable[bytes], meter: Meter) -> None:
-        self._chunks = chunks
-        self._meter = meter
-        self._hash = hashlib.sha256()
-        self.size = 0
-
-    def __iter__(self) -> Iterator[bytes]:
-        for chunk in self._chunks:
-            self._hash.update(chunk)
-            self.size += len(chunk)
-            self._meter.add(len(chunk))
-            yield chunk
-
-    @property
-    def digest(self) -> str:
-        return "sha256:" + self._hash.hexdigest()
-
-
 def load(catalog: Catalog, file: BinaryIO, progress: Progress) -> list[str]:
     """Store and name the images of the archive `file`; their familiar names, or ids without one.
 
@@ -196,14 +174,16 @@ def _ingest(
         yield head
         yield from reader.chunks()
 
-    counted = _Counted(chunks(), meter)
     layer = catalog.store.ingest(
-        counted, compression=kind, digest=digest, diff_id=None, keep_blob=bool(kind and promised)
+        chunks(),
+        compression=kind,
+        digest=digest,
+        size=size,
+        keep_blob=bool(kind and promised),
+        progress=meter.reach,
     )
-    for _ in counted:  # what follows the tar's end belongs to the blob, and to its digest
-        pass
     meter.show()
-    return _Layer(layer.diff_id, layer.size, counted.digest, counted.size, bool(kind))
+    return _Layer(layer.diff_id, layer.size, layer.digest, layer.blob_size, bool(kind))
 
 
 def _docker_images(

@@ -56,8 +56,11 @@ def put_config(catalog: Catalog, config: ImageConfig, layers: Sequence[Descripto
 
 
 def name(catalog: Catalog, stored: Stored, references: Sequence[Reference]) -> None:
-    """Give the image its names; without any it becomes an image without a name."""
-    with catalog.names.update() as draft:
+    """Give the image its names; without any it becomes an image without a name.
+
+    The store's gate keeps a collection that has read the names already from running past this.
+    """
+    with catalog.store.gate.shared(), catalog.names.update() as draft:
         stamp = now()
         for reference in references or (None,):
             draft.give(Entry(reference, stored.manifest, stored.image, stored.index, stamp))

@@ -9,10 +9,10 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bulkhead.errors import Invalid, NotFound
+from bulkhead.errors import Corrupt, Invalid, NotFound
 from bulkhead.images.names import Entry, Names, Snapshot
 from bulkhead.oci import platform as platforms
-from bulkhead.oci.digest import is_digest
+from bulkhead.oci.digest import is_digest, verify
 from bulkhead.oci.image import (
     CONFIGS,
     LARGEST_CONFIG,
@@ -156,32 +156,52 @@ class Catalog:
         """Every digest that a name, or an image without one, needs; for garbage collection.
 
         Blobs, the index an image was chosen from with those of its manifests that are stored, and
-        layers by diff id.
+        layers by diff id. The store is locked while it asks: only files are read here.
         """
-        snapshot = self.names.read()
         seen: set[str] = set()
-        for entry in snapshot.entries:
-            for digest in (*self._index_members(entry), entry.manifest.digest):
-                if digest in seen:
-                    continue
-                seen.add(digest)
-                yield digest
-                yield from self._reachable(digest)
-            if entry.index and entry.index not in seen:
-                seen.add(entry.index)
-                yield entry.index
+        for entry in self.names.read().entries:
+            key = f"{entry.manifest.digest} {entry.index}"
+            if key not in seen:
+                seen.add(key)
+                yield from self.reach(entry)
+
+    def reach(self, entry: Entry) -> Iterator[str]:
+        """Every digest that `entry` needs, some of them more than once."""
+        manifests = [entry.manifest.digest]
+        if entry.index:
+            yield entry.index
+            manifests += self._stored_members(entry.index)
+        for digest in manifests:
+            yield digest
+            yield from self._reachable(digest)
+
+    def _raw(self, digest: str) -> bytes | None:
+        """A stored blob's bytes, verified; None if it is not there."""
+        try:
+            with open(self.store.blob_path(digest), "rb") as file:
+                data = file.read()
+        except FileNotFoundError:
+            return None
+        verify(data, digest, where=f"blob {digest} in {self.store.root}")
+        return data
 
     def _reachable(self, digest: str) -> Iterator[str]:
-        for blob in blobs_of(self.store.read(digest, LARGEST_MANIFEST), f"manifest {digest}"):
+        data = self._raw(digest)
+        if data is None:
+            raise Corrupt(
+                f"manifest {digest}, which an image needs, is gone from {self.store.root}"
+            )
+        for blob in blobs_of(data, f"manifest {digest}"):
             yield blob.digest
-            if blob.media_type in CONFIGS and self.store.has(blob.digest):
-                yield from self.config(blob.digest).rootfs.diff_ids
+            if blob.media_type in CONFIGS and (config := self._raw(blob.digest)) is not None:
+                yield from decode_config(config, blob.digest).rootfs.diff_ids
 
-    def _index_members(self, entry: Entry) -> list[str]:
-        if not entry.index or not self.store.has(entry.index):
+    def _stored_members(self, digest: str) -> list[str]:
+        data = self._raw(digest)
+        if data is None:
             return []
-        index = decode_index(self.store.read(entry.index, LARGEST_MANIFEST), "", entry.index)
-        return [m.digest for m in index.manifests if self.store.has(m.digest)]
+        members = decode_index(data, "", f"index {digest}").manifests
+        return [m.digest for m in members if os.path.exists(self.store.blob_path(m.digest))]
 
 
 def canonical(reference: Reference) -> str:

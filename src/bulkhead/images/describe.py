@@ -1,6 +1,7 @@
 """Images in the shapes of Docker's API: ImageSummary, ImageInspect, history, disk usage."""
 
 import datetime
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -191,3 +192,36 @@ def shared_sizes(catalog: Catalog, images: Sequence[Image]) -> dict[str, int]:
         )
         for image in images
     }
+
+
+def disk_usage(catalog: Catalog, users: Users) -> dict[str, Any]:
+    """Docker's image part of `system df`: LayersSize in bytes on disk, each thing counted once.
+
+    `Reclaimable` is what pruning all unused images would free: content no used image needs.
+    """
+    snapshot = catalog.names.read()
+    images = [catalog.image(identity, snapshot) for identity in snapshot.by_image]
+    shared = shared_sizes(catalog, images)
+    rows = [summary(catalog, image, snapshot, users, shared=shared[image.id]) for image in images]
+    used = {diff_id for image in images if users.get(image.id) for diff_id in image.diff_ids}
+    layers = {diff_id: catalog.store.layer_bytes(diff_id) for diff_id in catalog.store.layers()}
+    blobs = {digest: blob_bytes(catalog, digest) for digest in catalog.store.blobs()}
+    needed = {
+        digest
+        for image in images
+        if users.get(image.id)
+        for entry in snapshot.by_image[image.id]
+        for digest in catalog.reach(entry)
+    }
+    kept = sum(size for diff_id, size in layers.items() if diff_id in used)
+    kept += sum(size for digest, size in blobs.items() if digest in needed)
+    total = sum(layers.values()) + sum(blobs.values())
+    return {"LayersSize": total, "Images": rows, "Reclaimable": total - kept}
+
+
+def blob_bytes(catalog: Catalog, digest: str) -> int:
+    """Bytes a blob's file occupies on the disk; 0 if it has none."""
+    try:
+        return os.stat(catalog.store.blob_path(digest)).st_blocks * 512
+    except FileNotFoundError:
+        return 0

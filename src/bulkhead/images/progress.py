@@ -77,6 +77,10 @@ class Meter:
             self._next = self.current + max(_STEP_BYTES, self.total // 100)
             self.show()
 
+    def reach(self, current: int) -> None:
+        """`current` bytes went through so far."""
+        self.add(current - self.current)
+
     def show(self) -> None:
         """Report now."""
         detail = {"current": self.current, "total": self.total}

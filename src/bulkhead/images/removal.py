@@ -144,5 +144,6 @@ def _drop(draft: Draft, image: str) -> list[dict[str, str]]:
 
 def _collect(catalog: Catalog) -> tuple[int, list[str]]:
     """Collect garbage: bytes freed, and the layers (by diff id) that went."""
+    layers = set(catalog.store.layers())
     report = catalog.store.gc(catalog.roots)
-    return report.freed, []
+    return report.freed, [digest for digest in report.digests if digest in layers]

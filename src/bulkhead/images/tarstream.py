@@ -96,13 +96,16 @@ _DAMAGED: tuple[type[Exception], ...] = (_IGZIP_ERROR, lzma.LZMAError, zstd.Zstd
 
 
 def _decompressor(kind: str) -> _Engine:
+    engine: _Engine
     if kind == "gzip":
-        return cast("_Engine", igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP))
-    if kind == "zstd":
-        return zstd.ZstdDecompressor()
-    if kind == "xz":
-        return lzma.LZMADecompressor(memlimit=512 << 20)
-    return bz2.BZ2Decompressor()
+        engine = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
+    elif kind == "zstd":
+        engine = zstd.ZstdDecompressor()
+    elif kind == "xz":
+        engine = lzma.LZMADecompressor(memlimit=512 << 20)
+    else:
+        engine = bz2.BZ2Decompressor()
+    return engine
 
 
 _MAGIC = (
