@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -63,11 +64,11 @@ class BlobWriter:
             self._hash = hashlib.sha256()
             self.offset = 0
 
-    def replay(self, size: int) -> "list[bytes] | map[bytes]":
+    def replay(self, size: int) -> Iterator[bytes]:
         """The bytes resumed from, in pieces of at most `size`."""
         end = self.offset
-        starts = range(0, end, size)
-        return map(lambda at: os.pread(self._fd, min(size, end - at), at), starts)
+        for at in range(0, end, size):
+            yield os.pread(self._fd, min(size, end - at), at)
 
     def write(self, data: bytes | memoryview) -> None:
         """Append; Corrupt once more than the announced size has come."""

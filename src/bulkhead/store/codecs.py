@@ -68,8 +68,9 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"BZh", "bzip2"),
     (b"\xfd7zXZ\0", "xz"),
 )
+_ISAL_ERROR: Any = isal_zlib.error
 _ERRORS: tuple[type[Exception], ...] = (
-    isal_zlib.error,
+    _ISAL_ERROR,
     zstd.ZstdError,
     lzma.LZMAError,
     OSError,

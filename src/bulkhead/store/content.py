@@ -25,7 +25,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -173,22 +173,25 @@ class ContentStore:
 
     # -- blobs --------------------------------------------------------------------------------
 
+    def _stored(self, digest: str) -> int | None:
+        """The size of the blob's file, or None; under a lease it then stays."""
+        path = self.blob_path(digest)
+        with self.gate.shared():
+            try:
+                size = os.stat(path).st_size
+            except FileNotFoundError:
+                return None
+            self._note(digest)
+        return size
+
     def has(self, digest: str) -> bool:
         """Whether the blob can be read: it is stored, or is the tar of a layer that is."""
-        name = hexadecimal(digest)
-        with self.gate.shared():
-            found = os.path.exists(self.blob_path(digest)) or os.path.exists(
-                f"{self.root}/layers/{name}/layer.json"
-            )
-            if found:
-                self._note(digest)
-        return found
+        return self._stored(digest) is not None or self.layer(digest) is not None
 
     def size(self, digest: str) -> int:
         """Bytes of the blob; NotFound."""
-        with suppress(FileNotFoundError):
-            size = os.stat(self.blob_path(digest)).st_size
-            self._note(digest)
+        size = self._stored(digest)
+        if size is not None:
             return size
         layer = self.layer(digest)
         if layer is None:
@@ -196,11 +199,13 @@ class ContentStore:
         return layer.size
 
     def open(self, digest: str) -> BinaryIO:
-        """The blob for reading; NotFound. Its bytes were verified when they were stored."""
-        with suppress(FileNotFoundError):
-            stream = open(self.blob_path(digest), "rb")
-            self._note(digest)
-            return stream
+        """The blob for reading; NotFound. Its bytes were verified when they were stored.
+
+        A layer's tar that exists only as image and recipe is replayed: not seekable.
+        """
+        if self._stored(digest) is not None:
+            with suppress(FileNotFoundError):
+                return open(self.blob_path(digest), "rb")
         if self.layer(digest) is None:
             raise NotFound(f"blob {digest} is not in the store")
         return io.BufferedReader(_Replay(self.tar(digest)), _PIECE)
@@ -309,14 +314,16 @@ class ContentStore:
         files.sync_directory(f"{self.root}/layers")
 
     def tar(self, diff_id: str) -> Iterator[bytes]:
-        """The layer's exact tar; NotFound, and Corrupt at the end if its digest is not `diff_id`."""
+        """The layer's exact tar; NotFound, and Corrupt at the end if it has another digest."""
         directory = f"{self.root}/layers/{hexadecimal(diff_id)}"
-        try:
-            stream = open(f"{directory}/recipe.zst", "rb")
-        except FileNotFoundError:
-            raise NotFound(f"layer {diff_id} is not in the store") from None
-        with stream, open(f"{directory}/image.erofs", "rb") as image:
-            self._note(diff_id)
+        with ExitStack() as undo:
+            with self.gate.shared():
+                try:
+                    stream = undo.enter_context(open(f"{directory}/recipe.zst", "rb"))
+                    image = undo.enter_context(open(f"{directory}/image.erofs", "rb"))
+                except FileNotFoundError:
+                    raise NotFound(f"layer {diff_id} is not in the store") from None
+                self._note(diff_id)
             summer = hashlib.sha256()
             for piece in recipe.replay(stream, image.fileno()):
                 summer.update(piece)

@@ -4,6 +4,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -36,18 +37,27 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
 
 
 class Gate:
-    """A shared/exclusive lock between threads and processes: flock(2) on the file `path`."""
+    """A shared/exclusive lock between threads and processes: flock(2) on the file `path`.
+
+    A thread that holds it exclusively may ask for it again.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self._mine = threading.local()
 
     @contextmanager
     def _hold(self, how: int) -> Iterator[None]:
+        if getattr(self._mine, "exclusive", False):
+            yield
+            return
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, how)
+            self._mine.exclusive = how == fcntl.LOCK_EX
             yield
         finally:
+            self._mine.exclusive = False
             os.close(fd)
 
     def shared(self) -> AbstractContextManager[None]:

@@ -108,7 +108,8 @@ class _Pass:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._image = os.open(f"{self.directory}/image.erofs", flags, 0o444)
         undo.callback(os.close, self._image)
-        self._recipe = undo.enter_context(open(f"{self.directory}/recipe.zst", "xb"))
+        recipe = os.open(f"{self.directory}/recipe.zst", flags, 0o444)
+        self._recipe = undo.enter_context(os.fdopen(recipe, "wb"))
         self._builder = LayerBuilder(self._image, self._recipe, store.limits)
         self._tar_hash = hashlib.sha256()
         self.guard = _Guard(store.limits, store.root)
@@ -290,7 +291,7 @@ def run(
         sink = writer or _Sum(digest, size)
         rest = chunks(sink.offset) if callable(chunks) else chunks
         source = _Source(rest, sink.offset, progress)
-        replayed = iter(writer.replay(_PIECE)) if writer else iter(())
+        replayed = writer.replay(_PIECE) if writer else iter(())
         try:
             compression = _stream(layer, replayed, iter(source), compression, sink)
             if diff_id is not None and layer.diff_id != diff_id:
