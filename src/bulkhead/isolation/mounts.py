@@ -206,8 +206,7 @@ def plan_bind(
     rather than private, so that a bind that did not ask for it must be made private.
     """
     program, options = tree.program, parse(mount.options)
-    shown = mount.source if isinstance(source, Fd) or len(mount.source) < 200 else "its source"
-    step = f"bind {shown} on {mount.destination}"
+    step = f"bind a host path on {mount.destination}"
     if isinstance(source, Fd):
         clone: Argument = source
     else:

@@ -156,6 +156,10 @@ class Compiled:
         """
         return Compiled(self.filled(values), self.steps, self.listing, self._data_at, self._holes)
 
+    def holes(self) -> frozenset[str]:
+        """The names of the holes that steps use."""
+        return frozenset(self._holes)
+
     def filled(self, values: Mapping[str, str | bytes | int | Sequence[str]]) -> bytes:
         """What `fill` does, giving only the bytes."""
         out = bytearray(self.data)

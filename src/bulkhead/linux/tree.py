@@ -27,7 +27,7 @@ OPEN_NEW_FILE = open_how(os.O_CREAT | os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC, 
 class Tree:
     """The file system tree under construction: `root` is a descriptor of its root mount."""
 
-    def __init__(self, program: Program, root: Slot) -> None:
+    def __init__(self, program: Program, root: Argument) -> None:
         self.program = program
         self.root = root
         self._points: dict[str, Slot | None] = {}
@@ -133,9 +133,9 @@ class Tree:
         self.open(step, path, OPEN_NEW_FILE)
         return self.open(step, path, OPEN_ANY)
 
-    def make_parents(self, step: str, path: str, mode: int = 0o755) -> Slot:
+    def make_parents(self, step: str, path: str, mode: int = 0o755) -> Argument:
         """Make the directories above `path` inside the root; a descriptor of the last."""
-        parent = self.root
+        parent: Argument = self.root
         parts = path.strip("/").split("/")
         for depth in range(1, len(parts)):
             prefix = "/".join(parts[:depth])

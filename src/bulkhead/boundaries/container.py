@@ -1,0 +1,359 @@
+"""The container boundary: the host's own kernel, divided by namespaces, control groups and filters.
+
+Implements the seam and its optional Protocols Pausable, Updatable and Measured. Nothing runs beside
+a container's own processes: this is a thin layer that makes launch programs and reads the kernel.
+"""
+
+import contextlib
+import os
+import stat
+from typing import Any
+
+from bulkhead.boundaries.container_exec import exec_template
+from bulkhead.boundaries.container_plan import Ground, plan_launch
+from bulkhead.boundaries.container_process import candidates
+from bulkhead.boundaries.container_template import Templates
+from bulkhead.boundary.registry import Services
+from bulkhead.boundary.seam import (
+    Bundle,
+    InstanceState,
+    Launched,
+    LaunchRequest,
+    Missing,
+    Report,
+    Stdio,
+)
+from bulkhead.errors import Conflict, Invalid, NotFound, Unsupported
+from bulkhead.isolation import idmap, mounts, namespaces
+from bulkhead.isolation.cgroups import manager as cgroups
+from bulkhead.linux import namespaces as kernel_namespaces
+from bulkhead.linux import overlayfs, pidfd, procfs
+from bulkhead.linux.fds import OwnedFd
+from bulkhead.linux.terminals import window_size
+from bulkhead.oci.runtime import Process, Resources, Spec, validate_process
+
+_OPTIONAL = frozenset({"pausable", "updatable", "measured"})
+
+
+class ContainerBoundary:
+    """Makes containers; `services.launcher` runs their programs."""
+
+    name = "container"
+
+    def __init__(self, services: Services) -> None:
+        self.home = services.home
+        self.launcher = services.launcher
+        self.templates = Templates(services.home.in_root("seccomp"))
+        self.null = OwnedFd(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+        self._inherited: int | None = None
+
+    def probe(self) -> Report:
+        """What this host can do, found out by trying."""
+        missing: list[Missing] = []
+        facts = {"kernel": os.uname().release}
+        try:
+            appends = overlayfs.appends_layers()
+            facts["overlay"] = "layer by layer" if appends else "by option string"
+        except OSError as error:
+            missing.append(
+                Missing(f"overlay file system: {error}", "modprobe overlay; run as root")
+            )
+        try:
+            facts["cgroups"] = f"v{cgroups.detect().version}"
+        except OSError as error:
+            missing.append(Missing(f"control groups: {error}", "mount them at /sys/fs/cgroup"))
+        for kind in kernel_namespaces.PROC_NAMES.values():
+            if not os.path.exists(f"/proc/self/ns/{kind}"):
+                missing.append(Missing(f"{kind} namespaces", "use a kernel that has them"))
+        return Report(self.name, not missing, tuple(missing), _OPTIONAL, facts)
+
+    def inherited_oom_score(self) -> int:
+        """The oom_score_adj with which the launcher's children are born."""
+        if self._inherited is None:
+            pid = getattr(self.launcher, "pid", 0)
+            self._inherited = procfs.oom_score_adj(pid or "self")
+        return self._inherited
+
+    async def create(self, bundle: Bundle) -> "Container":
+        """Make the control group of a workload; nothing runs yet."""
+        return Container(self, bundle, _make_group(bundle))
+
+    async def load(self, bundle: Bundle, pid: int) -> "Container":
+        """A workload of an earlier engine. `pid` counts only if it is in the workload's group."""
+        group = cgroups.detect().open(_group_path(bundle))
+        container = Container(self, bundle, group)
+        if pid and pid in group.pids():
+            with contextlib.suppress(ProcessLookupError):
+                container.adopt(pid)
+        return container
+
+    def plan(self, bundle: Bundle, *, terminal: bool = False) -> list[str]:
+        """Every step of a launch of `bundle`, for people; acquires nothing."""
+        spec = bundle.spec
+        ground = self.ground(spec, joins=0, directories=source_kinds(spec))
+        filter_ = self.templates.filter(spec)
+        template = plan_launch(spec, bundle.rootfs, ground, filter_, terminal=terminal)
+        born = [
+            f"new {kind} namespace"
+            for kind, flag in kernel_namespaces.FLAGS.items()
+            if template.clone_flags & flag
+        ]
+        return born + template.compiled.listing
+
+    def ground(
+        self,
+        spec: Spec,
+        *,
+        joins: int,
+        directories: tuple[bool, ...],
+        views: tuple[str, ...] = (),
+    ) -> Ground:
+        """What of this host a program depends on."""
+        hierarchy = cgroups.detect()
+        return Ground(
+            appends_layers=overlayfs.appends_layers(),
+            cgroup_version=hierarchy.version,
+            joins=joins,
+            views=views,
+            oom_score_adj=self.inherited_oom_score(),
+            directories=directories,
+        )
+
+
+def _group_path(bundle: Bundle) -> str:
+    return bundle.spec.linux.cgroups_path or f"/bulkhead/{bundle.id}"
+
+
+def _make_group(bundle: Bundle) -> cgroups.Group:
+    return cgroups.detect().create(_group_path(bundle), bundle.spec.linux.resources)
+
+
+def source_kinds(spec: Spec) -> tuple[bool, ...]:
+    """For each mount whether its source is a directory; Invalid if a bind's source is missing."""
+    kinds: list[bool] = []
+    for mount in spec.mounts:
+        if not mounts.is_bind(mount):
+            kinds.append(True)
+            continue
+        try:
+            kinds.append(stat.S_ISDIR(os.stat(mount.source).st_mode))
+        except FileNotFoundError:
+            raise Invalid(
+                f'invalid mount config for type "bind": bind source path does not exist: '
+                f"{mount.source}"
+            ) from None
+        except OSError as error:
+            raise Invalid(f"bind source {mount.source}: {error.strerror}") from None
+    return tuple(kinds)
+
+
+class Container:
+    """One container: a control group, and once started a first process."""
+
+    def __init__(self, boundary: ContainerBoundary, bundle: Bundle, group: cgroups.Group) -> None:
+        self.boundary = boundary
+        self.bundle = bundle
+        self.group = group
+        self._pid = 0
+        self._started = 0
+        self._pidfd: OwnedFd | None = None
+
+    def adopt(self, pid: int) -> None:
+        """Take `pid` as the first process; ProcessLookupError if it has ended."""
+        self._pidfd = pidfd.open_process(pid)
+        self._pid = pid
+        self._started = procfs.start_time(pid)
+
+    # --- seam ------------------------------------------------------------------------------
+
+    async def start(self, stdio: Stdio) -> Launched:
+        """Run the configured process; LaunchFailed and its kinds name the step that failed."""
+        if self._running():
+            raise Conflict(f"container {self.bundle.id} is already running")
+        with contextlib.ExitStack() as undo:
+            request = self._launch_request(stdio, undo)
+            launched = await self.boundary.launcher.launch(request)
+        self._pid = launched.pid
+        self._started = 0
+        self._pidfd = launched.pidfd
+        return launched
+
+    def _launch_request(self, stdio: Stdio, undo: contextlib.ExitStack) -> LaunchRequest:
+        boundary, bundle, spec = self.boundary, self.bundle, self.bundle.spec
+        kinds = source_kinds(spec)
+        joins = self.group.join_fds()
+        for fd in joins:
+            undo.callback(fd.close)
+        views = self._views()
+        ground = boundary.ground(
+            spec, joins=len(joins), directories=kinds, views=tuple(sorted(views))
+        )
+        template = boundary.templates.launch(spec, bundle.rootfs, ground, terminal=stdio.terminal)
+        data = template.fill(spec, bundle.rootfs, views, stdio)
+        given: dict[str, int] = {f"join{i}": int(fd) for i, fd in enumerate(joins)}
+        given |= self._streams(stdio)
+        for kind, path in namespaces.paths(spec.linux).items():
+            given[f"ns-{kind}"] = _open_namespace(kind, path, undo)
+        cgroup_fd = self._clone_fd(undo)
+        return LaunchRequest(
+            id=bundle.id,
+            program=data,
+            clone_flags=template.template.clone_flags,
+            fds=[given[key] for key in template.template.fds],
+            steps=template.template.compiled.steps,
+            record=f"{bundle.directory}/exit.json",
+            keep=stdio.keep,
+            meta=stdio.meta,
+            uid_map=idmap.to_text(spec.linux.uid_mappings),
+            gid_map=idmap.to_text(spec.linux.gid_mappings),
+            cgroup_fd=cgroup_fd,
+        )
+
+    def _views(self) -> dict[str, str]:
+        """The group's directory in every v1 hierarchy, by the hierarchy's name."""
+        if cgroups.detect().version == 2:
+            return {}
+        path = self.group.path
+        return {
+            folder.removesuffix(path).rpartition("/")[2]: folder for folder in self.group.folders()
+        }
+
+    def _clone_fd(self, undo: contextlib.ExitStack) -> int:
+        fd = self.group.clone_fd()
+        if fd is None:
+            return -1
+        undo.callback(fd.close)
+        return int(fd)
+
+    def _streams(self, stdio: Stdio) -> dict[str, int]:
+        null = int(self.boundary.null)
+        given = {"stdin": stdio.stdin, "stdout": stdio.stdout, "stderr": stdio.stderr}
+        if stdio.terminal:
+            return dict.fromkeys(given, null)
+        return {key: fd if fd >= 0 else null for key, fd in given.items()}
+
+    def state(self) -> InstanceState:
+        """What the kernel says now."""
+        if not self._running():
+            return InstanceState(self.bundle.id, "stopped" if self._pid else "created")
+        return InstanceState(
+            self.bundle.id, "paused" if self.group.frozen() else "running", self._pid
+        )
+
+    def _running(self) -> bool:
+        if not self._pid:
+            return False
+        if self._pidfd is not None:
+            return not pidfd.ended(self._pidfd)
+        try:
+            return self._started in (0, procfs.start_time(self._pid)) and procfs.state(
+                self._pid
+            ) not in ("Z", "X")
+        except ProcessLookupError:
+            return False
+
+    async def kill(self, signal: int, *, everyone: bool = False) -> None:
+        """Signal the first process, or every process of the container."""
+        if everyone:
+            if signal == 9:
+                self.group.kill()
+                return
+            for pid in self.group.pids():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal)
+            return
+        if not self._running():
+            raise NotFound(f"container {self.bundle.id} is not running")
+        await self.boundary.launcher.signal(self.bundle.id, signal)
+
+    async def delete(self, *, force: bool = False) -> None:
+        """Remove the control group; with `force` kill what is still in it."""
+        if self._running():
+            if not force:
+                raise Conflict(f"container {self.bundle.id} is running: stop it first")
+            self.group.kill()
+        self.group.delete()
+        if self._pidfd is not None:
+            self._pidfd.close()
+            self._pidfd = None
+
+    async def exec(self, identity: str, process: Process, stdio: Stdio) -> Launched:
+        """Run `process` in every namespace and the control group of the container."""
+        validate_process(process)
+        if not self._running():
+            raise Conflict(f"container {self.bundle.id} is not running")
+        if self.group.frozen():
+            raise Conflict(
+                f"Container {self.bundle.id} is paused, unpause the container before exec"
+            )
+        spec = self.bundle.spec
+        with contextlib.ExitStack() as undo:
+            target = self._pidfd or pidfd.open_process(self._pid)
+            joins = self.group.join_fds()
+            for fd in joins:
+                undo.callback(fd.close)
+            template = exec_template(
+                spec,
+                process,
+                joins=len(joins),
+                terminal=stdio.terminal,
+                filter_=self.boundary.templates.filter(spec),
+                oom_score_adj=self.boundary.inherited_oom_score(),
+            )
+            given: dict[str, int] = {f"join{i}": int(fd) for i, fd in enumerate(joins)}
+            given |= self._streams(stdio)
+            given["target"] = int(target)
+            values: dict[str, Any] = {
+                "candidates": candidates(process),
+                "argv": process.args,
+                "env": process.env,
+            }
+            if stdio.terminal:
+                values["window"] = window_size(stdio.rows, stdio.columns)
+            request = LaunchRequest(
+                id=f"{self.bundle.id}/{identity}",
+                program=template.compiled.filled(values),
+                clone_flags=0,
+                fds=[given[key] for key in template.fds],
+                steps=template.compiled.steps,
+                record=f"{self.bundle.directory}/exec-{identity}.json",
+                keep=stdio.keep,
+                meta=stdio.meta,
+                cgroup_fd=self._clone_fd(undo),
+            )
+            return await self.boundary.launcher.launch(request)
+
+    # --- optional --------------------------------------------------------------------------
+
+    async def pause(self) -> None:
+        """Freeze every process."""
+        self.group.freeze()
+
+    async def resume(self) -> None:
+        """Thaw them."""
+        self.group.thaw()
+
+    async def update(self, resources: Resources) -> None:
+        """Apply changed limits at once."""
+        self.group.apply(resources)
+
+    def stats(self) -> dict[str, Any]:
+        """Usage in the shape of Docker's statistics."""
+        return self.group.stats()
+
+    def processes(self) -> list[int]:
+        """Process ids on the host of everything inside."""
+        return self.group.pids()
+
+    def oom_kills(self) -> int:
+        """How many processes the kernel has killed here for want of memory."""
+        return self.group.oom_kills()
+
+
+def _open_namespace(kind: str, path: str, undo: contextlib.ExitStack) -> int:
+    try:
+        fd = kernel_namespaces.open_namespace(path)
+    except OSError as error:
+        raise Unsupported(f"{kind} namespace {path}: {error.strerror}") from None
+    undo.callback(fd.close)
+    return int(fd)

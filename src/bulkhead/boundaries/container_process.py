@@ -1,0 +1,153 @@
+"""The part of a launch that is the same for a container's first process and for one of exec:
+streams or terminal, working directory, ids, capabilities, filter, program.
+"""
+
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bulkhead.isolation import capabilities, credentials, tty
+from bulkhead.linux import capabilities as kernel_capabilities
+from bulkhead.linux.mounts import AT_FDCWD, PROC_MAGIC
+from bulkhead.linux.openat2 import HOW_SIZE
+from bulkhead.linux.program import Argument, Blob, Fd, Program, Slot
+from bulkhead.linux.terminals import window_size
+from bulkhead.linux.tree import OPEN_DIRECTORY, Tree
+from bulkhead.oci.runtime import Process
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """A compiled system call filter and the flags to install it with."""
+
+    program: bytes
+    flags: int
+
+
+class FdTable:
+    """Which descriptors a program takes, by name, in the order of first use."""
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+
+    def fd(self, key: str) -> Fd:
+        """The place of descriptor `key`."""
+        if key not in self.keys:
+            self.keys.append(key)
+        return Fd(self.keys.index(key))
+
+
+def candidates(process: Process) -> list[str]:
+    """The paths to try for argv[0]: itself if it has a slash, else one in each part of PATH."""
+    name = process.args[0]
+    if "/" in name:
+        return [name]
+    path = DEFAULT_PATH
+    for variable in process.env:
+        if variable.startswith("PATH="):
+            path = variable[5:]
+    return [f"{directory or '.'}/{name}" for directory in path.split(":")]
+
+
+def plan_host_proc(program: Program) -> Slot:
+    """The host's /proc, where "self" is the child whatever its PID namespace; before the pivot."""
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+    proc = program.call("open /proc", "openat", AT_FDCWD, "/proc", flags, 0)
+    program.expect_fstype("verify /proc", proc, PROC_MAGIC)
+    return proc
+
+
+def plan_oom_score(program: Program, wanted: int | None, inherited: int, proc: Argument) -> None:
+    """oom_score_adj, if it differs from what the child inherits."""
+    if wanted is not None and wanted != inherited:
+        program.write(f"set oom_score_adj to {wanted}", proc, "self/oom_score_adj", str(wanted))
+
+
+def window(program: Program, rows: int, columns: int) -> Blob:
+    """The hole for a terminal's size."""
+    return program.hole("window", window_size(rows, columns))
+
+
+def plan_streams(program: Program, fds: FdTable) -> None:
+    """Standard streams from descriptors that came along."""
+    tty.plan_streams(program, (fds.fd("stdin"), fds.fd("stdout"), fds.fd("stderr")))
+
+
+def plan_directory(tree: Tree, cwd: str, *, create: bool) -> None:
+    """Enter the working directory, made if it is missing (`create`), never through a magic link."""
+    program = tree.program
+    step = f"enter the working directory {cwd}"
+    relative = cwd.lstrip("/") or "."
+    ok = (errno.ENOENT,) if create and relative != "." else ()
+    fd = program.call(step, "openat2", tree.root, relative, OPEN_DIRECTORY, HOW_SIZE, ok=ok)
+    if not ok:
+        program.call(step, "fchdir", fd)
+        return
+    with program.when(fd):
+        program.call(step, "fchdir", fd)
+    with program.when(fd, failed=True):
+        made = tree.make(f"make the working directory {cwd}", cwd, directory=True)
+        program.call(step, "fchdir", made)
+
+
+def plan_identity(
+    program: Program,
+    process: Process,
+    filter_: Filter | None,
+    *,
+    can_setgroups: bool = True,
+    available: frozenset[str] | None = None,
+) -> None:
+    """Limits, capabilities, ids, no_new_privs and filter, in the order that works."""
+    if process.scheduler is not None:
+        credentials.plan_scheduler(program, process.scheduler)
+    if process.io_priority is not None:
+        credentials.plan_io_priority(program, process.io_priority)
+    credentials.plan_rlimits(program, process.rlimits)
+    sets = process.capabilities
+    planned = None
+    if sets is not None:
+        planned = capabilities.plan(
+            effective=sets.effective,
+            permitted=sets.permitted,
+            inheritable=sets.inheritable,
+            bounding=sets.bounding,
+            ambient=sets.ambient,
+            available=available,
+        )
+        names = [_capability(number) for number in planned.drop]
+        credentials.plan_bounding(program, planned.drop, names)
+    credentials.plan_ids(program, process.user, can_setgroups=can_setgroups)
+    program.close("close all other descriptors")
+    if filter_ is not None and not process.no_new_privileges:
+        credentials.plan_seccomp(program, filter_.program, filter_.flags)
+    if planned is not None:
+        credentials.plan_capabilities(
+            program,
+            planned.header,
+            planned.data,
+            planned.raise_ambient,
+            clear_ambient=bool(planned.inheritable),
+        )
+    if process.no_new_privileges:
+        credentials.plan_no_new_privs(program)
+        if filter_ is not None:
+            credentials.plan_seccomp(program, filter_.program, filter_.flags)
+
+
+def _capability(number: int) -> str:
+    names = kernel_capabilities.NAMES
+    return names[number] if number < len(names) else f"capability {number}"
+
+
+def plan_exec(program: Program, process: Process, paths: Sequence[str]) -> None:
+    """The program itself; candidates, argv and env are holes."""
+    program.exec(
+        "execute the program",
+        program.vector("candidates", paths),
+        program.vector("argv", process.args),
+        program.vector("env", process.env),
+    )
