@@ -176,7 +176,7 @@ class _Planner:
         if _is_new(self.linux.namespace("cgroup")):
             namespaces.plan_cgroup(program)
         if _is_new(self.linux.namespace("time")):
-            namespaces.plan_time(program, dict(self.linux.time_offsets))
+            namespaces.plan_time(program, self.linux.time_offsets)
 
     def _slave(self) -> bool:
         """Whether a bind wants to see what is mounted on the host later."""

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from typing import Literal
 
 from bulkhead.errors import Invalid
 from bulkhead.linux import namespaces as kernel
@@ -15,7 +16,7 @@ the time namespace until its offsets are written.
 """
 _JOIN_ORDER = ("user", "mount", "pid", "uts", "ipc", "network", "cgroup", "time")
 """The user namespace first: it gives the right to enter the others it owns."""
-_CLOCKS = {"monotonic": "monotonic", "boottime": "boottime"}
+Clock = Literal["boottime", "monotonic"]
 
 
 def clone_flags(linux: Linux) -> int:
@@ -48,12 +49,12 @@ def plan_cgroup(program: Program) -> None:
     program.call("new cgroup namespace", "unshare", kernel.NEWCGROUP)
 
 
-def plan_time(program: Program, offsets: Mapping[str, TimeOffset]) -> None:
+def plan_time(program: Program, offsets: Mapping[Clock, TimeOffset]) -> None:
     """A time namespace with `offsets`, entered at once; time_namespaces(7)."""
     program.call("new time namespace", "unshare", kernel.NEWTIME)
     if offsets:
         lines = "".join(
-            f"{_CLOCKS[clock]} {offset.secs} {offset.nanosecs}\n"
+            f"{clock} {offset.secs} {offset.nanosecs}\n"
             for clock, offset in sorted(offsets.items())
         )
         program.write("set the clocks' offsets", AT_FDCWD, "/proc/self/timens_offsets", lines)

@@ -60,6 +60,7 @@ def plan_device(tree: Tree, device: Device, *, bind: bool) -> None:
     program = tree.program
     step = f"make {device.path}"
     own = tree.own(device.path)
+    base: Argument
     if own is not None and own[1]:
         base, name = own
         parts = name.split("/")
