@@ -5,7 +5,7 @@ A workload is attached in three calls: `NetworkManager.prepare(AttachRequest)` b
 `msgspec.json` can write and read again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -80,19 +80,12 @@ class AttachRequest:
         """
         host = body.get("HostConfig") or {}
         wanted = (body.get("NetworkingConfig") or {}).get("EndpointsConfig") or {}
-        bindings = host.get("PortBindings") or {}
         return cls(
             workload_id=workload_id,
             name=name.lstrip("/"),
             mode=mode if mode is not None else (host.get("NetworkMode") or "bridge"),
             endpoints={ref: EndpointRequest.from_docker(one) for ref, one in wanted.items()},
-            ports={
-                port: tuple(
-                    {"HostIp": one.get("HostIp") or "", "HostPort": str(one.get("HostPort") or "")}
-                    for one in (list_ or ({},))
-                )
-                for port, list_ in bindings.items()
-            },
+            ports=bindings_from_docker(host.get("PortBindings")),
             exposed=tuple(body.get("ExposedPorts") or ()),
             publish_all=bool(host.get("PublishAllPorts")),
             hostname=body.get("Hostname") or "",
@@ -133,8 +126,22 @@ class Finding:
     remedy: str = ""
 
 
+def bindings_from_docker(
+    bindings: Mapping[str, Sequence[Mapping[str, Any]] | None] | None,
+) -> dict[str, tuple[Mapping[str, str], ...]]:
+    """HostConfig.PortBindings as `AttachRequest.ports`; a port without bindings gets a free one."""
+    made: dict[str, tuple[Mapping[str, str], ...]] = {}
+    for port, wanted in (bindings or {}).items():
+        listed: Sequence[Mapping[str, Any]] = wanted or ({},)
+        made[port] = tuple(
+            {"HostIp": str(one.get("HostIp") or ""), "HostPort": str(one.get("HostPort") or "")}
+            for one in listed
+        )
+    return made
+
+
 def parse_port(text: str) -> tuple[int, str]:
-    """(port, protocol) of "80/tcp" or "80"; Invalid if it is neither tcp nor udp, or out of range."""
+    """(port, protocol) of "80/tcp" or "80"; Invalid if not tcp or udp, or out of range."""
     number, _, protocol = text.partition("/")
     protocol = (protocol or "tcp").lower()
     if protocol == "sctp":

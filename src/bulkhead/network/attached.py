@@ -1,0 +1,194 @@
+"""What is known of one attached workload, on file and in Docker's shapes.
+
+    <run>/network/workloads/ID.json     request, endpoints, published ports (`Attached`)
+    <run>/network/workloads/ID.pid      "PID STARTTIME" once it runs, if network/helper.py serves it
+
+The engine writes both, reads the first when it starts again; the helper reads both when it does.
+"""
+
+import contextlib
+import os
+from typing import Any
+
+import msgspec
+
+from bulkhead.home import Home
+from bulkhead.network import files
+from bulkhead.network.bridges import Active, Endpoint
+from bulkhead.network.model import AttachRequest
+from bulkhead.network.ports import Published
+
+
+class PortRecord(msgspec.Struct, frozen=True):
+    """A published port on file."""
+
+    protocol: str
+    port: int
+    address: str
+    host_port: int
+
+
+class Attached(msgspec.Struct):
+    """An attached workload; `kind` is none, host, container or bridge."""
+
+    request: AttachRequest
+    kind: str
+    endpoints: list[Endpoint] = []
+    ports: list[PortRecord] = []
+    target: str = ""
+    """Of kind container: whose namespace."""
+    resolver: bool = False
+    """Whether it asks our resolver."""
+    servers: list[str] = []
+    """Where the resolver sends what it does not know, for this workload."""
+
+
+class Records:
+    """The files of attached workloads."""
+
+    def __init__(self, home: Home) -> None:
+        self._directory = home.in_run("network", "workloads")
+        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+
+    def _path(self, workload_id: str, suffix: str) -> str:
+        return f"{self._directory}/{workload_id}.{suffix}"
+
+    def write(self, attached: Attached) -> None:
+        """Keep it; what was kept before is replaced in one step."""
+        path = self._path(attached.request.workload_id, "json")
+        data = msgspec.json.encode(attached)
+        # A name of its own costs a rename, but a reader never sees half a file.
+        temporary = path + ".new"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, data)
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+
+    def write_pid(self, workload_id: str, pid: int) -> None:
+        """Say in which process's namespace the workload is."""
+        path = self._path(workload_id, "pid")
+        with open(path + ".new", "w", encoding="ascii") as file:
+            file.write(f"{pid} {start_time(pid)}")
+        os.rename(path + ".new", path)
+
+    def read(self, workload_id: str) -> Attached | None:
+        """What was kept, None if nothing readable."""
+        try:
+            with open(self._path(workload_id, "json"), "rb") as file:
+                return msgspec.json.decode(file.read(), type=Attached)
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return None
+
+    def remove(self, workload_id: str) -> None:
+        """Forget it; nothing there is fine."""
+        for suffix in ("json", "pid"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path(workload_id, suffix))
+
+    def known(self) -> set[str]:
+        """The ids of workloads with a file of any kind."""
+        return {name.split(".", 1)[0] for name in os.listdir(self._directory)}
+
+    def sweep(self, keep: set[str]) -> None:
+        """Remove the files of all workloads but `keep`."""
+        for name in os.listdir(self._directory):
+            if name.split(".", 1)[0] not in keep or name.endswith(".new"):
+                os.unlink(f"{self._directory}/{name}")
+
+
+def start_time(pid: int) -> int:
+    """When a process started, in clock ticks since boot: tells it from a later one of that pid.
+
+    proc_pid_stat(5); FileNotFoundError or ProcessLookupError if it is gone.
+    """
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[19])
+
+
+def dns_names(attached: Attached, endpoint: Endpoint) -> list[str]:
+    """The names by which others on the network find the workload."""
+    request = attached.request
+    wanted = [request.name, *endpoint.request.aliases, request.workload_id[:12]]
+    if request.hostname:
+        wanted.append(request.hostname)
+    return list(dict.fromkeys(one for one in wanted if one))
+
+
+def port_map(attached: Attached) -> dict[str, list[dict[str, str]] | None]:
+    """Docker's NetworkSettings.Ports."""
+    made: dict[str, list[dict[str, str]] | None] = {}
+    for text in attached.request.exposed:
+        made[text if "/" in text else f"{text}/tcp"] = None
+    for one in attached.ports:
+        entry = {"HostIp": one.address, "HostPort": str(one.host_port)}
+        listed = made.setdefault(f"{one.port}/{one.protocol}", None)
+        if listed is None:
+            made[f"{one.port}/{one.protocol}"] = [entry]
+        else:
+            listed.append(entry)
+    return made
+
+
+def endpoint_settings(attached: Attached, endpoint: Endpoint, active: Active) -> dict[str, Any]:
+    """Docker's EndpointSettings."""
+    asked = endpoint.request
+    pools = active.pools
+    internal = active.network.internal
+    ipam = None
+    if asked.ipv4 or asked.ipv6 or asked.link_local:
+        ipam = {}
+        if asked.ipv4:
+            ipam["IPv4Address"] = asked.ipv4
+        if asked.ipv6:
+            ipam["IPv6Address"] = asked.ipv6
+    default = active.network.default
+    return {
+        "IPAMConfig": ipam,
+        "Links": list(asked.links) or None,
+        "Aliases": list(asked.aliases) or None,
+        "MacAddress": endpoint.mac,
+        "DriverOpts": dict(asked.options) or None,
+        "GwPriority": asked.priority,
+        "NetworkID": endpoint.network,
+        "EndpointID": endpoint.id,
+        "Gateway": "" if internal else active.gateway(4),
+        "IPAddress": endpoint.ipv4,
+        "IPPrefixLen": pools[4].subnet.prefixlen if endpoint.ipv4 else 0,
+        "IPv6Gateway": "" if internal else active.gateway(6),
+        "GlobalIPv6Address": endpoint.ipv6,
+        "GlobalIPv6PrefixLen": pools[6].subnet.prefixlen if endpoint.ipv6 else 0,
+        "DNSNames": None if default else dns_names(attached, endpoint),
+    }
+
+
+def empty_settings() -> dict[str, Any]:
+    """Docker's NetworkSettings of a workload that does not run."""
+    return {
+        "Bridge": "", "SandboxID": "", "SandboxKey": "", "Ports": {}, "HairpinMode": False,
+        "LinkLocalIPv6Address": "", "LinkLocalIPv6PrefixLen": 0, "SecondaryIPAddresses": None,
+        "SecondaryIPv6Addresses": None, "EndpointID": "", "Gateway": "",
+        "GlobalIPv6Address": "", "GlobalIPv6PrefixLen": 0, "IPAddress": "", "IPPrefixLen": 0,
+        "IPv6Gateway": "", "MacAddress": "", "Networks": {},
+    }  # fmt: skip
+
+
+def hosts_file(attached: Attached, gateways: list[str]) -> str:
+    """The content of /etc/hosts."""
+    request = attached.request
+    extra = []
+    for text in request.extra_hosts:
+        extra += files.parse_extra_host(text, gateways)
+    hostname = request.hostname or request.workload_id[:12]
+    if request.domainname:
+        hostname = f"{hostname}.{request.domainname} {hostname}"
+    own = []
+    for endpoint in attached.endpoints:
+        own += [(address, hostname) for address in (endpoint.ipv4, endpoint.ipv6) if address]
+    return files.hosts(extra, own, ipv6=True)
+
+
+def port_records(published: list[Published]) -> list[PortRecord]:
+    """As they are kept on file."""
+    return [PortRecord(one.protocol, one.port, one.address, one.host_port) for one in published]
