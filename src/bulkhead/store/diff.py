@@ -91,7 +91,7 @@ def _xattrs(found: _Found) -> dict[bytes, bytes]:
 def _is_opaque(path: bytes) -> bool:
     for name in _OPAQUE_NAMES:
         with suppress(OSError):
-            if os.getxattr(path, name, follow_symlinks=False) in (b"y", b"x"):
+            if os.getxattr(path, name, follow_symlinks=False) == b"y":
                 return True
     return False
 
@@ -158,13 +158,29 @@ def changes(upper: str, lowers: Sequence[str]) -> list[tuple[int, str]]:
     return [(kind, "/" + os.fsdecode(path)) for kind, path in sorted(found, key=lambda c: c[1])]
 
 
+def _open_regular(found: _Found) -> int:
+    """The file for reading, or -1 if it is no longer the regular file that was met.
+
+    Looked at before it is opened: opening what a workload has put there meanwhile, say a device,
+    could act on the host.
+    """
+    try:
+        path_fd = os.open(found.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=found.fd)
+    except FileNotFoundError:
+        return -1
+    try:
+        info = os.fstat(path_fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_ino != found.info.st_ino:
+            return -1
+        return os.open(f"/proc/self/fd/{path_fd}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(path_fd)
+
+
 def _body(found: _Found, size: int) -> Iterator[bytes]:
     """Exactly `size` bytes of the file: cut if it grew, filled with zeros if it shrank."""
     left = size
-    fd = -1
-    with suppress(FileNotFoundError):
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = os.open(found.name, flags, dir_fd=found.fd)
+    fd = _open_regular(found)
     try:
         while left and fd >= 0:
             piece = os.read(fd, min(left, _PIECE))

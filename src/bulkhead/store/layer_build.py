@@ -201,7 +201,10 @@ class LayerBuilder:
         full = stored - tail
         start = 0
         if full:
+            before = source.consumed
             start = self._writer.data(source.views(full), full)
+            if source.consumed - before != full:
+                raise Invalid(f"archive member {show(entry.name)}: the archive ends within it")
             self._recipe.copy(start, full)
         body = source.take(tail) if tail else b""
         if len(body) != tail:

@@ -387,13 +387,15 @@ class TarReader:
 
         collect(block[386:482])
         more = block[482]
+        blocks = 0
         while more:
             extension = self._block()
             if not extension:
                 raise Invalid("the archive ends within a sparse map")
             collect(extension[:504])
             more = extension[504]
-            if len(pairs) * 24 > self._limits.header_bytes:
+            blocks += 1
+            if blocks * BLOCK > self._limits.header_bytes:
                 raise Invalid(f"archive member {show(entry.name)}: its sparse map is too long")
         self._settle_sparse(entry, pairs, number(block[483:495], "size", entry.name))
 
