@@ -40,14 +40,15 @@ def put(catalog: Catalog, config: bytes, layers: Sequence[Descriptor]) -> Stored
     Call it within a lease of the store; the same arguments give the same digests.
     """
     image = catalog.store.put(config)
-    manifest = Manifest(
-        Descriptor(media_type=OCI_CONFIG, digest=image, size=len(config)),
-        list(layers),
-        media_type=OCI_MANIFEST,
-    )
-    data = encode(manifest)
+    data = encode(manifest_of(image, len(config), layers))
     catalog.store.put(data)
     return Stored(image, Descriptor(media_type=OCI_MANIFEST, digest=of(data), size=len(data)))
+
+
+def manifest_of(image: str, size: int, layers: Sequence[Descriptor]) -> Manifest:
+    """The manifest that `put` writes for a configuration of `size` bytes."""
+    config = Descriptor(media_type=OCI_CONFIG, digest=image, size=size)
+    return Manifest(config, list(layers), media_type=OCI_MANIFEST)
 
 
 def put_config(catalog: Catalog, config: ImageConfig, layers: Sequence[Descriptor]) -> Stored:

@@ -7,11 +7,20 @@ Progress goes to a callback as Docker's JSON messages ({"status", "id", "progres
 from collections.abc import Collection, Mapping
 from typing import Any, BinaryIO
 
+from bulkhead.errors import NotFound
 from bulkhead.home import Home
 from bulkhead.images import archive_read, describe, filters, removal
 from bulkhead.images.catalog import Catalog, Image
 from bulkhead.images.names import Names
+from bulkhead.images.origins import Origins
 from bulkhead.images.progress import Progress, silent
+from bulkhead.images.pull import Pull
+from bulkhead.images.push import Push
+from bulkhead.oci.reference import parse
+from bulkhead.registry.client import Repository
+from bulkhead.registry.config import Registries
+from bulkhead.registry.credentials import from_auth
+from bulkhead.registry.waiting import Cancel, Clock
 from bulkhead.store.content import ContentStore
 
 List = list
@@ -23,9 +32,22 @@ the engine's own docker configuration says; {}: anonymous."""
 class ImageService:
     """Images of one installation."""
 
-    def __init__(self, home: Home, store: ContentStore) -> None:
+    def __init__(
+        self,
+        home: Home,
+        store: ContentStore,
+        *,
+        registries: Registries | None = None,
+        clock: Clock | None = None,
+        keep_blobs: bool = True,
+    ) -> None:
+        """`registries`: instead of the configuration file; `keep_blobs`: of pulled layers."""
         self.home = home
         self.store = store
+        self._registries = registries
+        self._clock = clock
+        self._keep_blobs = keep_blobs
+        self.origins = Origins(store.root)
         self.names = Names(store.root)
         self.catalog = Catalog(store, self.names)
 
@@ -109,6 +131,58 @@ class ImageService:
     def gc(self) -> int:
         """Delete content that no image needs; returns bytes freed on disk."""
         return self.store.gc(self.catalog.roots).freed
+
+    # --- registries
+
+    def _repository(self, ref: str, auth: Auth, cancel: Cancel | None) -> Repository:
+        return Repository(
+            parse(ref), from_auth(auth), config=self._registries, cancel=cancel, clock=self._clock
+        )
+
+    def pull(
+        self,
+        ref: str,
+        platform: str | None = None,
+        auth: Auth = None,
+        progress: Progress = silent,
+        cancel: Cancel | None = None,
+    ) -> Image:
+        """Pull `ref` for `platform` ("os/arch[/variant]"; "all": every one; None: this machine's).
+
+        `cancel` ends it from another thread. NotFound, Denied, Unavailable, Corrupt.
+        """
+        with self._repository(ref, auth, cancel) as repository:
+            pull = Pull(self.catalog, self.origins, repository, progress, self._keep_blobs)
+            return pull.run(parse(ref), platform)
+
+    def push(
+        self,
+        ref: str,
+        auth: Auth = None,
+        progress: Progress = silent,
+        cancel: Cancel | None = None,
+    ) -> str:
+        """Push the image named `ref` (tag "latest" by default); the digest at the registry."""
+        with self._repository(ref, auth, cancel) as repository:
+            return Push(self.catalog, self.origins, repository, progress).run(parse(ref))
+
+    def push_all(
+        self,
+        ref: str,
+        auth: Auth = None,
+        progress: Progress = silent,
+        cancel: Cancel | None = None,
+    ) -> List[str]:
+        """Push every tag of the repository `ref`."""
+        wanted = parse(ref).name
+        tags = [
+            str(entry.reference)
+            for entry in self.names.read().entries
+            if entry.reference and entry.reference.name == wanted and entry.reference.tag
+        ]
+        if not tags:
+            raise NotFound(f"An image does not exist locally with the tag: {ref}")
+        return [self.push(tag, auth, progress, cancel) for tag in tags]
 
     # --- archives
 

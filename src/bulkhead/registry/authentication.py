@@ -51,8 +51,11 @@ class Authenticator:
                 token = self._fetch(self._service, scope, self._transport.endpoint.host)
             return f"Bearer {token}"
 
-    def answer(self, headers: Sequence[str], scope: str, what: str) -> bool:
+    def answer(self, headers: Sequence[str], scope: str, what: str, sent: str) -> bool:
         """Take the challenges of a 401 in; whether another try with `header` may succeed.
+
+        `sent` is the Authorization that was refused, "" if none: another thread may have got a
+        better one meanwhile.
 
         Denied when the token service refuses, or must not be asked.
         """
@@ -62,11 +65,15 @@ class Authenticator:
         )
         with self._lock:
             if bearer is not None and not self._credentials.registry_token:
-                self._fetch(bearer, scope, what)
+                known, until = self._tokens.get(scope, ("", 0.0))
+                fresh = known and until > self._transport.clock.monotonic()
+                if not fresh or f"Bearer {known}" == sent:
+                    self._fetch(bearer, scope, what)
                 self._service = bearer
                 return True
             basic = any(challenge.scheme == "basic" for challenge in offered)
-            if not basic or self._basic or not self._credentials.password:
+            refused = sent == self._basic_header()
+            if not basic or refused or not self._credentials.password:
                 return False
             self._basic = True
             return True

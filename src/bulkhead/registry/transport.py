@@ -214,7 +214,8 @@ class Transport:
             challenged = True
             asked = answer.headers.getlist("WWW-Authenticate")
             try:
-                again = self._auth.answer(asked, call.scope, call.what)
+                refused = sent.get("Authorization", "")
+                again = self._auth.answer(asked, call.scope, call.what, refused)
             except BaseException:
                 answer.close()
                 raise
