@@ -4,9 +4,11 @@ Implements the seam and its optional Protocols Pausable, Updatable and Measured.
 a container's own processes: this is a thin layer that makes launch programs and reads the kernel.
 """
 
+import asyncio
 import contextlib
 import os
 import stat
+from signal import SIGKILL
 from typing import Any
 
 from bulkhead.boundaries.container_exec import exec_template
@@ -26,6 +28,7 @@ from bulkhead.boundary.seam import (
 from bulkhead.errors import Conflict, Invalid, NotFound, Unsupported
 from bulkhead.isolation import idmap, mounts, namespaces
 from bulkhead.isolation.cgroups import manager as cgroups
+from bulkhead.isolation.cgroups.group import Group
 from bulkhead.linux import namespaces as kernel_namespaces
 from bulkhead.linux import overlayfs, pidfd, procfs
 from bulkhead.linux.fds import OwnedFd
@@ -60,8 +63,8 @@ class ContainerBoundary:
             )
         try:
             facts["cgroups"] = f"v{cgroups.detect().version}"
-        except OSError as error:
-            missing.append(Missing(f"control groups: {error}", "mount them at /sys/fs/cgroup"))
+        except Unsupported as error:
+            missing.append(Missing(str(error), "mount -t cgroup2 cgroup2 /sys/fs/cgroup"))
         for kind in kernel_namespaces.PROC_NAMES.values():
             if not os.path.exists(f"/proc/self/ns/{kind}"):
                 missing.append(Missing(f"{kind} namespaces", "use a kernel that has them"))
@@ -124,7 +127,7 @@ def _group_path(bundle: Bundle) -> str:
     return bundle.spec.linux.cgroups_path or f"/bulkhead/{bundle.id}"
 
 
-def _make_group(bundle: Bundle) -> cgroups.Group:
+def _make_group(bundle: Bundle) -> Group:
     return cgroups.detect().create(_group_path(bundle), bundle.spec.linux.resources)
 
 
@@ -150,7 +153,7 @@ def source_kinds(spec: Spec) -> tuple[bool, ...]:
 class Container:
     """One container: a control group, and once started a first process."""
 
-    def __init__(self, boundary: ContainerBoundary, bundle: Bundle, group: cgroups.Group) -> None:
+    def __init__(self, boundary: ContainerBoundary, bundle: Bundle, group: Group) -> None:
         self.boundary = boundary
         self.bundle = bundle
         self.group = group
@@ -255,12 +258,10 @@ class Container:
     async def kill(self, signal: int, *, everyone: bool = False) -> None:
         """Signal the first process, or every process of the container."""
         if everyone:
-            if signal == 9:
-                self.group.kill()
-                return
-            for pid in self.group.pids():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal)
+            if signal == SIGKILL:
+                await asyncio.to_thread(self.group.kill)
+            else:
+                self.group.signal(signal)
             return
         if not self._running():
             raise NotFound(f"container {self.bundle.id} is not running")
@@ -271,8 +272,9 @@ class Container:
         if self._running():
             if not force:
                 raise Conflict(f"container {self.bundle.id} is running: stop it first")
-            self.group.kill()
-        self.group.delete()
+            await asyncio.to_thread(self.group.kill)
+        if not self.group.try_delete():
+            await asyncio.to_thread(self.group.delete)
         if self._pidfd is not None:
             self._pidfd.close()
             self._pidfd = None
@@ -327,11 +329,11 @@ class Container:
 
     async def pause(self) -> None:
         """Freeze every process."""
-        self.group.freeze()
+        await asyncio.to_thread(self.group.freeze)
 
     async def resume(self) -> None:
         """Thaw them."""
-        self.group.thaw()
+        await asyncio.to_thread(self.group.thaw)
 
     async def update(self, resources: Resources) -> None:
         """Apply changed limits at once."""
