@@ -5,6 +5,7 @@ import os
 import random
 import stat
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -315,7 +316,7 @@ def test_multi_member_gzip(store: ContentStore) -> None:
     data = a.file(b"f", os.urandom(3000)) + a.file(b"g", os.urandom(3000)) + a.END
     cuts = (0, 100, 1000, 4000, len(data))
     packed = b"".join(
-        gzip.compress(data[start:end]) for start, end in zip(cuts, cuts[1:], strict=False)
+        gzip.compress(data[start:end]) for start, end in pairwise(cuts)
     )
     layer = a.ingest(store, packed)
     assert b"".join(store.tar(layer.diff_id)) == data
