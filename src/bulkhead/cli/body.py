@@ -9,7 +9,7 @@ from bulkhead.errors import Invalid, Unsupported
 Body = dict[str, Any]
 
 # flag → HostConfig member, values as they are
-_HOST_PLAIN = {
+HOST_PLAIN = {
     "cgroup-parent": "CgroupParent", "cgroupns": "CgroupnsMode", "cpu-period": "CpuPeriod",
     "cpu-quota": "CpuQuota", "cpu-rt-period": "CpuRealtimePeriod", "blkio-weight": "BlkioWeight",
     "cpu-rt-runtime": "CpuRealtimeRuntime", "cpu-shares": "CpuShares", "cpus": "NanoCpus",
@@ -46,7 +46,7 @@ def create_body(parsed: Parsed, environ: Mapping[str, str]) -> Body:
     for flag, reason in _REFUSED.items():
         if flag in given:
             raise Unsupported(reason)
-    host: Body = {name: given[flag] for flag, name in _HOST_PLAIN.items() if flag in given}
+    host: Body = {name: given[flag] for flag, name in HOST_PLAIN.items() if flag in given}
     body: Body = {name: given[flag] for flag, name in _CONFIG_PLAIN.items() if flag in given}
     body["Image"] = parsed.args[0]
     if len(parsed.args) > 1:

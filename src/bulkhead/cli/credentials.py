@@ -89,7 +89,7 @@ def ask_helper(helper: str, verb: str, text: str) -> str:
 
     program = f"docker-credential-{helper}"
     try:
-        done = subprocess.run([program, verb], input=text, capture_output=True, text=True)  # noqa: S603
+        done = subprocess.run([program, verb], input=text, capture_output=True, text=True)
     except OSError as error:
         raise Unavailable(f"credential helper {program}: {error.strerror}; install it, or change "
                           "credsStore in docker's config.json") from None  # fmt: skip

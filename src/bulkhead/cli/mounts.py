@@ -6,8 +6,35 @@ from typing import Any
 from bulkhead.cli.options import UsageError, parse_bytes
 
 _MODES = frozenset(
-    "ro rw z Z nocopy copy cached delegated consistent shared rshared slave rslave private rprivate "
-    "noexec exec nodev dev nosuid suid U idmap bind rbind ro-non-recursive rro".split()
+    [
+        "ro",
+        "rw",
+        "z",
+        "Z",
+        "nocopy",
+        "copy",
+        "cached",
+        "delegated",
+        "consistent",
+        "shared",
+        "rshared",
+        "slave",
+        "rslave",
+        "private",
+        "rprivate",
+        "noexec",
+        "exec",
+        "nodev",
+        "dev",
+        "nosuid",
+        "suid",
+        "U",
+        "idmap",
+        "bind",
+        "rbind",
+        "ro-non-recursive",
+        "rro",
+    ]
 )
 
 

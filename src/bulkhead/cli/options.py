@@ -164,7 +164,7 @@ class Table:
         return at
 
 
-class HelpWanted(Exception):  # noqa: N818 - a signal to the dispatcher, not an error
+class HelpWanted(Exception):
     """`--help` was given."""
 
 

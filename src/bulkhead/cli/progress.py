@@ -27,6 +27,8 @@ class Progress:
         self._drawn = 0.0
         self._dirty = False
         self._height = 0
+        self.said: set[str] = set()
+        """The texts without an id that were shown."""
 
     def update(self, message: dict[str, Any]) -> None:
         """Show one message."""
@@ -37,6 +39,8 @@ class Progress:
         text = str(message.get("status") or message.get("stream") or "").rstrip("\n")
         if not text:
             return
+        if not identity:
+            self.said.add(text)
         if not self._bars:
             self._plain(identity, text)
         elif identity:

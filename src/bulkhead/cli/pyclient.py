@@ -9,6 +9,8 @@ import sys
 
 MAGIC = 0x31434842  # "BHC1", little-endian
 PROTOCOL = 1
+LOG_LIMIT = 256 << 10
+"""Bytes of command.log above which the next server begins it anew."""
 _ABOUT = "bulkhead.cli.server"
 
 
@@ -49,9 +51,9 @@ def hand_over(argv: list[str]) -> int | None:
     if environ.get("BULKHEAD_COMMAND_SERVER") == "0":
         return None
     if "BULKHEAD_CLIENT" not in environ:
-        client = f"{_package()}/_native/client"
+        client = f"{_package()}/_native/bulkhead-client"
         try:
-            os.execve(  # noqa: S606
+            os.execve(
                 client,
                 argv,
                 {**environ, "BULKHEAD_PYTHON": sys.executable, "BULKHEAD_CLIENT": "python"},
@@ -82,7 +84,7 @@ def _connect(path: str) -> "object | None":
 
 def request(argv: list[str], environ: "dict[bytes, bytes]", umask: int) -> bytes:
     """The first message: header, then NUL-terminated identity, arguments and environment."""
-    parts = [f"{_package()}/_native/client".encode(), *(os.fsencode(word) for word in argv)]
+    parts = [f"{_package()}/_native/bulkhead-client".encode(), *(os.fsencode(word) for word in argv)]
     variables = [key + b"=" + value for key, value in environ.items()]
     body = b"".join(part + b"\0" for part in (*parts, *variables))
     numbers = (MAGIC, PROTOCOL, len(body), len(argv), len(variables), umask)
@@ -168,6 +170,8 @@ def start_server(argv: list[str]) -> None:
     try:
         os.makedirs(run, mode=0o711, exist_ok=True)
         log = os.open(f"{run}/command.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        if os.fstat(log).st_size > LOG_LIMIT:
+            os.ftruncate(log, 0)
     except OSError:
         return  # the command itself will say what is wrong with the directory
     environ = dict(os.environ)
@@ -190,3 +194,25 @@ def start_server(argv: list[str]) -> None:
     finally:
         os.close(null)
         os.close(log)
+
+
+def stop_server(run: str) -> None:
+    """Ask the command server of `run`, if there is one, to end."""
+    import _socket
+
+    sock = _connect(f"{run}/command.sock")
+    if sock is None:
+        return
+    here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    fds = b"".join(fd.to_bytes(4, sys.byteorder) for fd in (0, 1, 2, here))
+    try:
+        sock.sendmsg(  # type: ignore[attr-defined]
+            [request(["bulkhead:stop-server"], {}, 0o77)],
+            [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fds)],
+        )
+        sock.recv(1)  # type: ignore[attr-defined]
+    except OSError:
+        pass  # it was ending already
+    finally:
+        os.close(here)
+        sock.close()  # type: ignore[attr-defined]

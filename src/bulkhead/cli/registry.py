@@ -15,7 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "logout": ("login", "Log out from a registry"),
     "search": ("login", "Search for images (not supported)"),
     "version": ("version", "Show the bulkhead version information"),
-    "info": ("info", "Display system-wide information"),
+    "info": ("version", "Display system-wide information"),
     "attach": ("exec", "Attach local standard streams to a running container"),
     "commit": ("archives", "Create a new image from a container's changes"),
     "cp": ("cp", "Copy files/folders between a container and the local filesystem"),

@@ -40,10 +40,10 @@ REFILL_DELAY_S = 0.005
 """How long a fork for the next command waits while this one uses the processor."""
 _HEADER = 24
 _MAX_REQUEST = 8 << 20
-_STOP = b"stop"
+_STOP = b"bulkhead:stop-server"
 
 
-class Refused(Exception):  # noqa: N818 - the client runs the command itself then
+class Refused(Exception):
     """This worker must not run what was asked."""
 
 
@@ -77,6 +77,8 @@ def _receive(sock: socket.socket) -> tuple[list[bytes], list[bytes], int, list[i
         raise Refused("wrong counts")
     if not _ours(os.fsdecode(words[0])):
         raise Refused("another installation")
+    if b"serve" in words[1 : 1 + argc]:
+        raise Refused("the engine in the foreground is to be the client's own process")
     return words[1 : 1 + argc], words[1 + argc : 1 + argc + envc], umask, fds
 
 

@@ -74,6 +74,8 @@ class Session:
         self.target = target
         self._waiting: list[int] = []
         self._interrupts = 0
+        self.watch: list[int] = []
+        """Further requests whose failure ends the session (the start of `start -a`)."""
         self.on_item: Callable[[Any], None] = lambda item: None
 
     def run(
@@ -111,6 +113,8 @@ class Session:
                 if not any(fd == connection.fileno() for fd, _ in ready):
                     continue
             message = connection.receive()
+            if message.id in self.watch and message.error is not None:
+                raise failure(message.error)
             if message.id != number:
                 continue  # the answer to a kill or resize: the workload may be gone by then
             if message.error is not None:

@@ -10,9 +10,19 @@ from collections.abc import Sequence
 
 FORWARDED: tuple[int, ...] = tuple(
     number
-    for name in (
-        "SIGHUP SIGINT SIGQUIT SIGUSR1 SIGUSR2 SIGALRM SIGTERM SIGCONT SIGTSTP SIGWINCH SIGIO"
-    ).split()
+    for name in [
+        "SIGHUP",
+        "SIGINT",
+        "SIGQUIT",
+        "SIGUSR1",
+        "SIGUSR2",
+        "SIGALRM",
+        "SIGTERM",
+        "SIGCONT",
+        "SIGTSTP",
+        "SIGWINCH",
+        "SIGIO",
+    ]
     if (number := getattr(signal, name, 0)) and name not in ("SIGIO", "SIGTSTP")
 )
 

@@ -58,7 +58,7 @@ class _Tokens:
         return token
 
 
-class Missing(Exception):  # noqa: N818 - becomes a Invalid with the template's words
+class Missing(Exception):
     """A field that the data does not have."""
 
 

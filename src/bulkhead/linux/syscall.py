@@ -43,7 +43,8 @@ NUMBERS: dict[str, dict[str, int]] = {
         "bpf": 321, "execveat": 322, "execve": 59, "keyctl": 250, "exit_group": 231,
         "fchmod": 91, "fchown": 93, "getpid": 39, "kill": 62, "memfd_create": 319,
         "quotactl": 179, "set_mempolicy": 238, "getdents64": 217, "newfstatat": 262,
-        "statx": 332, "copy_file_range": 326, "fcntl": 72, "pipe2": 293, "wait4": 61,
+        "statx": 332, "inotify_init1": 294, "inotify_add_watch": 254,
+        "copy_file_range": 326, "fcntl": 72, "pipe2": 293, "wait4": 61,
         **_COMMON_SINCE_5_0,
     },
     "aarch64": {
@@ -59,6 +60,7 @@ NUMBERS: dict[str, dict[str, int]] = {
         "execveat": 281, "execve": 221, "keyctl": 219, "exit_group": 94, "fchmod": 52,
         "fchown": 55, "getpid": 172, "kill": 129, "memfd_create": 279, "quotactl": 60,
         "set_mempolicy": 237, "getdents64": 61, "newfstatat": 79, "statx": 291,
+        "inotify_init1": 26, "inotify_add_watch": 27,
         "copy_file_range": 285, "fcntl": 25, "pipe2": 59, "wait4": 260,
         **_COMMON_SINCE_5_0,
     },
