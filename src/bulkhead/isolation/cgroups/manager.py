@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from bulkhead.errors import Unsupported
+from bulkhead.isolation.cgroups.group import Group as Group
 from bulkhead.isolation.cgroups.v1 import JOINED, ON_REQUEST, HierarchyV1, MountV1
 from bulkhead.isolation.cgroups.v2 import HierarchyV2
 from bulkhead.linux import mountinfo
