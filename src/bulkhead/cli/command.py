@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bulkhead.cli.options import Option, Parsed, Table, UsageError
@@ -94,14 +94,15 @@ class Context:
         self.json = False
         self.config = ""
         """Docker's configuration directory, if --config named one."""
-        self.parked: Connection | None = None
-        """A connection made in advance (command server), used by the first request."""
+        self.parked: list[Connection] = []
+        """A connection made in advance (command server), used by the first request and given back
+        by `close` if no request is open on it."""
         self._connections: list[Connection] = []
 
     def connect(self) -> "Connection":
         """A connection of the caller's own: the parked one if it lives, else a new one."""
-        parked, self.parked = self.parked, None
-        if parked is not None:
+        if self.parked:
+            parked = self.parked.pop()
             if parked.alive():
                 return parked
             parked.close()
@@ -124,17 +125,18 @@ class Context:
 
     def stream(
         self, method: str, params: Mapping[str, Any] | None = None, fds: Sequence[int] = ()
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, Any]:
         """One request on the main connection; its items."""
         return self.engine.stream(method, params, fds)
 
     def close(self) -> None:
-        """Close every connection that was opened."""
+        """Close every connection that was opened; one without open requests becomes parked."""
         while self._connections:
-            self._connections.pop().close()
-        if self.parked is not None:
-            self.parked.close()
-            self.parked = None
+            connection = self._connections.pop()
+            if not self.parked and not connection.busy:
+                self.parked.append(connection)
+            else:
+                connection.close()
 
     def out(self, text: str) -> None:
         """One line on standard output."""

@@ -3,13 +3,16 @@
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bulkhead.cli.command import Command, Context
 from bulkhead.cli.options import HelpWanted, Option, Parsed, Table, UsageError
 from bulkhead.cli.registry import ALIASES, COMMANDS, GROUPS, IMPLIED
 from bulkhead.errors import BulkheadError
 from bulkhead.home import default
+
+if TYPE_CHECKING:
+    from bulkhead.client.connection import Connection
 
 GLOBAL = Table(
     (
@@ -72,7 +75,9 @@ def make_context(parsed: Parsed, environ: Mapping[str, str]) -> Context:
     return context
 
 
-def dispatch(argv: Sequence[str], environ: Mapping[str, str], parked: Any = None) -> int:
+def dispatch(
+    argv: Sequence[str], environ: Mapping[str, str], parked: "list[Connection] | None" = None
+) -> int:
     """Run one command line; the exit code."""
     words = ""
     context: Context | None = None
@@ -85,7 +90,7 @@ def dispatch(argv: Sequence[str], environ: Mapping[str, str], parked: Any = None
                 print(short())
                 return 0
             context = make_context(parsed, environ)
-            context.parked = parked
+            context.parked = parked if parked is not None else []
             words, implied, used = find(parsed.args)
             rest = [*implied, *parsed.args[used:]]
             if not words or words in GROUPS:
@@ -101,6 +106,9 @@ def dispatch(argv: Sequence[str], environ: Mapping[str, str], parked: Any = None
             sys.stdout.flush()
             if context is not None:
                 context.close()
+                if parked is None:
+                    while context.parked:
+                        context.parked.pop().close()
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise

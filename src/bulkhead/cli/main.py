@@ -8,11 +8,16 @@ most commands; 125 for a wrong command line, and for errors of `run` and `exec` 
 program's; 126 and 127 for a program that cannot be executed or is not there; 128+n by signal.
 """
 
+from __future__ import annotations
+
 import os
 import sys
-from collections.abc import Mapping, Sequence
 
-SELF_MODULE = "bulkhead.cli.main"
+TYPE_CHECKING = False  # typing and collections.abc would cost more than all the rest here
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from bulkhead.client.connection import Connection
 
 
 def entry() -> None:
@@ -47,8 +52,14 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def run_argv(argv: Sequence[str], environ: Mapping[str, str], parked: object = None) -> int:
-    """Run one command line (without the program's name); the exit code. Prints errors itself."""
+def run_argv(
+    argv: Sequence[str], environ: Mapping[str, str], parked: list[Connection] | None = None
+) -> int:
+    """Run one command line (without the program's name); the exit code. Prints errors itself.
+
+    `parked` holds a connection to the engine made in advance; it is given back there if it is as
+    good as new.
+    """
     from bulkhead.cli.dispatch import dispatch
 
     return dispatch(argv, environ, parked)

@@ -41,7 +41,7 @@ def run_directory(argv: list[str]) -> str:
     return os.path.abspath(run)
 
 
-def hand_over(argv: list[str]) -> int | None:
+def hand_over(argv: list[str]) -> "int | None":
     """Have the native client, or a worker of the command server, run `argv`.
 
     The exit code; None when this process must run the command itself. Does not return if the native
@@ -115,7 +115,7 @@ def _ask_server(argv: list[str]) -> int | None:
 
 def _follow(sock: "object") -> int | None:
     """Forward signals and wait for the exit code; None if the worker refused the command."""
-    import signal
+    import _signal as signal  # the wrapper module imports enum
 
     taken = False
     last = 0

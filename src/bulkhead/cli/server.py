@@ -1,7 +1,9 @@
 """The command server: one per user and run directory, so that no command pays for an interpreter.
 
-It forks *workers* in advance: everything is imported, a connection to the engine is open, and each
-waits in accept(2) on the one socket. A client's connection is a command; its worker runs it and ends.
+It forks *workers* in advance: everything is imported and rehearsed, a connection to the engine is
+open, and each waits in accept(2) on the one socket. A client's connection is a command. A worker that
+ends a short command cleanly waits for the next; after a failure, a long command or MAX_COMMANDS it
+exits and another is forked.
 
     <run>/command.sock   stream socket, 0600; peers of another user are refused (SO_PEERCRED)
     <run>/command.lock   flock(2)ed by the server
@@ -21,6 +23,7 @@ IDLE_S it ends too.
 import contextlib
 import fcntl
 import gc
+import mmap
 import os
 import select
 import signal
@@ -36,8 +39,11 @@ from bulkhead.client.connection import Connection
 
 IDLE_S = float(os.environ.get("BULKHEAD_COMMAND_SERVER_IDLE_S", "900"))
 PARKED = 2
-REFILL_DELAY_S = 0.005
+REFILL_DELAY_MS = 30.0
 """How long a fork for the next command waits while this one uses the processor."""
+MAX_COMMANDS = 256
+LONG_S = 2.0
+"""A worker whose command took longer is not used again: it has been replaced by then."""
 _HEADER = 24
 _MAX_REQUEST = 8 << 20
 _STOP = b"bulkhead:stop-server"
@@ -47,9 +53,11 @@ class Refused(Exception):
     """This worker must not run what was asked."""
 
 
-def _receive(sock: socket.socket) -> tuple[list[bytes], list[bytes], int, list[int]]:
-    """(argv, environment lines, umask, descriptors) of a request; Refused if it is not for us."""
-    fds: list[int] = []
+def _receive(sock: socket.socket, fds: list[int]) -> tuple[list[bytes], list[bytes], int]:
+    """(argv, environment lines, umask) of a request, its descriptors into `fds`.
+
+    Refused if it is not for us.
+    """
     data, ancillary, _, _ = sock.recvmsg(1 << 16, socket.CMSG_LEN(16), socket.MSG_CMSG_CLOEXEC)
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -79,7 +87,7 @@ def _receive(sock: socket.socket) -> tuple[list[bytes], list[bytes], int, list[i
         raise Refused("another installation")
     if b"serve" in words[1 : 1 + argc]:
         raise Refused("the engine in the foreground is to be the client's own process")
-    return words[1 : 1 + argc], words[1 + argc : 1 + argc + envc], umask, fds
+    return words[1 : 1 + argc], words[1 + argc : 1 + argc + envc], umask
 
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -108,89 +116,135 @@ def _adopt(environment: list[bytes], umask: int, fds: list[int]) -> None:
     for key, value in wanted.items():
         if present.get(key) != value:
             present[key] = value
-    if os.isatty(1):
-        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
 
 
-def _forward_signals(sock: socket.socket) -> None:
-    """Make real signals of the bytes that the client sends: SIGIO tells that there are some."""
+class _Signals:
+    """Makes real signals of the bytes that the client sends: SIGIO tells that there are some."""
 
-    def arrived(number: int, frame: FrameType | None) -> None:
+    def __init__(self) -> None:
+        self._sock: socket.socket | None = None
+
+    def attach(self, sock: socket.socket) -> None:
+        """Begin with a client's connection, with what it has sent already."""
+        self._sock = sock
+        signal.signal(signal.SIGIO, self._arrived)
+        fcntl.fcntl(sock, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(sock, fcntl.F_SETFL, os.O_RDWR | os.O_ASYNC)
+        self._arrived(0, None)
+
+    def detach(self) -> None:
+        """What comes from now on is for nobody."""
+        self._sock = None
+
+    def _arrived(self, number: int, frame: FrameType | None) -> None:
+        if self._sock is None:
+            return
         try:
-            data = sock.recv(64, socket.MSG_DONTWAIT)
+            data = self._sock.recv(64, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError:
             data = b""
         if not data:
-            fcntl.fcntl(sock, fcntl.F_SETFL, 0)
+            self._sock = None
             os.kill(os.getpid(), signal.SIGHUP)
         for wanted in data:
             if 0 < wanted < signal.NSIG:
                 os.kill(os.getpid(), wanted)
 
-    signal.signal(signal.SIGIO, arrived)
-    fcntl.fcntl(sock, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(sock, fcntl.F_SETFL, fcntl.fcntl(sock, fcntl.F_GETFL) | os.O_ASYNC)
-    arrived(0, None)  # what came before the flag was set
-
 
 class Worker:
-    """One forked process: waits for one client, runs one command."""
+    """One forked process: waits for clients and runs their commands, one at a time."""
 
-    def __init__(self, listener: socket.socket, changes: int, busy: int, run: str) -> None:
+    def __init__(
+        self, listener: socket.socket, changes: int, events: int, run: str, parked: mmap.mmap
+    ) -> None:
         self._listener = listener
         self._changes = changes
-        self._busy = busy
+        self._events = events
         self._run = run
+        self._counter = parked
+        self._signals = _Signals()
+        self._connections: list[Connection] = []
+        self._pid = 0
 
     def serve(self) -> int:
-        """Accept one client and run its command; the process's exit status."""
-        parked = self._park()
-        try:
-            sock, _ = self._listener.accept()
-        except OSError:
-            return 0
-        os.write(self._busy, b"b")
-        self._listener.close()
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        if int.from_bytes(credentials[4:8], sys.byteorder) != os.geteuid():
-            return 0
-        if select.select([self._changes], [], [], 0)[0]:
-            os.write(self._busy, b"q")
-            return 0
-        try:
-            argv, environment, umask, fds = _receive(sock)
-        except (Refused, OSError):
-            return 0
-        if argv == [_STOP]:
-            os.write(self._busy, b"q")
-            return 0
-        sock.send(b"S")
-        _adopt(environment, umask, fds)
-        _forward_signals(sock)
-        code = self._command(argv, parked)
-        with contextlib.suppress(OSError):  # the client may be gone
-            sock.send(bytes((ord("X"), code & 0xFF)))
+        """Until there is a reason to be replaced; the process's exit status."""
+        self._pid = os.getpid()
+        gc.disable()
+        warm.rehearse()
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for _ in range(MAX_COMMANDS):
+            self._park()
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return 0
+            with sock:
+                self._tell(b"b")
+                if not self._one(sock):
+                    return 0
+            for target in (0, 1, 2):
+                os.dup2(null, target)
+            os.chdir("/")
+            if self._counter[0] > PARKED:
+                return 0  # others wait already
+            self._tell(b"p")
         return 0
 
-    def _command(self, argv: list[bytes], parked: Connection | None) -> int:
+    def _tell(self, kind: bytes) -> None:
+        os.write(self._events, kind + self._pid.to_bytes(4, "little"))
+
+    def _park(self) -> None:
+        if self._connections and not self._connections[0].alive():
+            self._connections.pop().close()
+        if not self._connections:
+            with contextlib.suppress(OSError):  # not running yet: the command starts it
+                self._connections.append(Connection.open(f"{self._run}/engine.sock"))
+
+    def _one(self, sock: socket.socket) -> bool:
+        """Serve one client; whether this process may serve another."""
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        if int.from_bytes(credentials[4:8], sys.byteorder) != os.geteuid():
+            return True
+        if select.select([self._changes], [], [], 0)[0]:
+            self._tell(b"q")
+            return False
+        fds: list[int] = []
+        try:
+            argv, environment, umask = _receive(sock, fds)
+        except (Refused, OSError):
+            for fd in fds:
+                os.close(fd)
+            return True
+        if argv == [_STOP]:
+            self._tell(b"q")
+            return False
+        sock.send(b"S")
+        _adopt(environment, umask, fds)
+        begun = time.monotonic()
+        self._signals.attach(sock)
+        code, clean = self._command(argv)
+        self._signals.detach()
+        with contextlib.suppress(OSError):  # the client may be gone
+            sock.send(bytes((ord("X"), code & 0xFF)))
+        return clean and time.monotonic() - begun < LONG_S
+
+    def _command(self, argv: list[bytes]) -> tuple[int, bool]:
         from bulkhead.cli.main import run_argv
 
         words = [os.fsdecode(word) for word in argv]
-        code = run_argv(words[1:], os.environ, parked)
+        try:
+            code = run_argv(words[1:], os.environ, self._connections)
+        except KeyboardInterrupt:
+            return 130, False
         try:
             sys.stdout.flush()
             sys.stderr.flush()
         except OSError:
-            code = code or 1
-        return code
-
-    def _park(self) -> Connection | None:
-        try:
-            return Connection.open(f"{self._run}/engine.sock")
-        except OSError:
-            return None  # not running yet: the command starts it
+            return code or 1, False
+        return code, True
 
 
 class Server:
@@ -199,15 +253,14 @@ class Server:
     def __init__(self, run: str) -> None:
         self._run = run
         self._path = f"{run}/command.sock"
-        self._waiting = 0
-        self._children: set[int] = set()
+        self._parked: dict[int, bool] = {}
+        """Workers by pid, and whether each waits."""
+        self._counter = mmap.mmap(-1, mmap.PAGESIZE)
 
     def serve(self) -> None:
         """Until idle for IDLE_S, told to stop, or the program's files change."""
         with contextlib.ExitStack() as stack:
-            lock = os.open(
-                f"{self._run}/command.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-            )
+            lock = os.open(f"{self._run}/command.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             stack.callback(os.close, lock)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -216,6 +269,7 @@ class Server:
             changes = warm.watch(_HERE)
             stack.callback(os.close, changes)
             warm.load()
+            warm.rehearse()
             listener = self._listen()
             stack.callback(listener.close)
             identity = _identity(self._path)
@@ -223,7 +277,8 @@ class Server:
             read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             gc.collect()
             gc.freeze()
-            self._loop(listener, changes, read, write, identity)
+            self._loop(Worker(listener, changes, write, self._run, self._counter), listener,
+                       changes, read, identity)  # fmt: skip
 
     def _listen(self) -> socket.socket:
         with contextlib.suppress(FileNotFoundError):
@@ -242,37 +297,49 @@ class Server:
             os.unlink(self._path)
 
     def _loop(
-        self, listener: socket.socket, changes: int, read: int, write: int,
+        self, worker: Worker, listener: socket.socket, changes: int, read: int,
         identity: tuple[int, int],
     ) -> None:  # fmt: skip
-        worker = Worker(listener, changes, write, self._run)
         poll = select.poll()
         poll.register(read, select.POLLIN)
         poll.register(changes, select.POLLIN)
-        last = time.monotonic()
+        last, timeout = time.monotonic(), 0.0
         while True:
-            while self._waiting < PARKED:
-                self._fork(worker, read)
-            events = poll.poll(5000)
+            events = poll.poll(timeout)
             self._reap()
-            if any(fd == changes for fd, _ in events):
+            said = os.read(read, 4095) if any(fd == read for fd, _ in events) else b""
+            if any(fd == changes for fd, _ in events) or not self._note(said):
                 break
-            said = os.read(read, 4096) if any(fd == read for fd, _ in events) else b""
-            if b"q" in said:
-                break
-            if said:
+            waiting = self._waiting()
+            if waiting == 0 or (waiting < PARKED and not said):
+                self._fork(worker, read)
+                timeout = 0.0
+            else:
+                # A worker that was taken is often back soon: not worth a fork before that.
+                timeout = REFILL_DELAY_MS if waiting < PARKED else 5000.0
+            if said or len(self._parked) > waiting:
                 last = time.monotonic()
-                self._waiting -= said.count(b"b")
-                if self._waiting > 0:
-                    poll_pause(REFILL_DELAY_S)
-            elif time.monotonic() - last > IDLE_S and not self._busy():
+            elif time.monotonic() - last > IDLE_S:
                 break
             if _identity(self._path) != identity:
                 break  # somebody removed or replaced the run directory
-        self._stop_waiting(listener)
+        self._remove_socket(identity)
+        listener.shutdown(socket.SHUT_RDWR)  # accept(2) fails in those who wait; others finish
 
-    def _busy(self) -> bool:
-        return len(self._children) > self._waiting
+    def _note(self, said: bytes) -> bool:
+        """Take in workers' messages; False for one that asks to end."""
+        for at in range(0, len(said), 5):
+            kind, pid = said[at : at + 1], int.from_bytes(said[at + 1 : at + 5], "little")
+            if kind == b"q":
+                return False
+            if pid in self._parked:
+                self._parked[pid] = kind == b"p"
+        return True
+
+    def _waiting(self) -> int:
+        count = sum(self._parked.values())
+        self._counter[0] = min(count, 255)
+        return count
 
     def _fork(self, worker: Worker, read: int) -> None:
         pid = os.fork()
@@ -280,32 +347,23 @@ class Server:
             status = 1
             try:
                 os.close(read)
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 status = worker.serve()
+            except Exception:
+                import traceback
+
+                log = os.open(f"{self._run}/command.log", os.O_WRONLY | os.O_APPEND)
+                os.write(log, traceback.format_exc().encode())
             finally:
                 os._exit(status)
-        self._children.add(pid)
-        self._waiting += 1
+        self._parked[pid] = True
+        self._waiting()
 
     def _reap(self) -> None:
-        while self._children:
-            try:
-                pid, _ = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
+        while self._parked:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
             if not pid:
                 return
-            self._children.discard(pid)
-
-    def _stop_waiting(self, listener: socket.socket) -> None:
-        """Let parked workers end; busy ones finish by themselves."""
-        self._remove_socket(_identity(self._path))
-        listener.shutdown(socket.SHUT_RDWR)  # accept(2) returns EINVAL in those who wait
-
-
-def poll_pause(seconds: float) -> None:
-    """Give the processor to the command that has just begun."""
-    time.sleep(seconds)
+            self._parked.pop(pid, None)
 
 
 def _identity(path: str) -> tuple[int, int]:

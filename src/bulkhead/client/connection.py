@@ -7,7 +7,7 @@ then `receive`); `call` and `stream` are the simple forms for one.
 import array
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -26,13 +26,14 @@ def _gone(reason: str) -> Unavailable:
 class Connection:
     """A client's end. Closing it cancels, in the engine, what is still under way."""
 
-    __slots__ = ("_next", "_ready", "_socket", "_splitter", "descriptors")
+    __slots__ = ("_next", "_open", "_ready", "_socket", "_splitter", "descriptors")
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._splitter = wire.Splitter()
         self._ready: list[wire.Message] = []
         self._next = 0
+        self._open = 0
         self.descriptors: list[int] = []
         """Descriptors that came with frames (rare), owned by whoever takes them out."""
 
@@ -79,8 +80,14 @@ class Connection:
         """Send one request; its number. `fds` are lent: the engine gets copies."""
         self._next += 1
         message = wire.Message(self._next, method, wire.pack(params or {}), len(fds))
+        self._open += 1
         self._write(wire.frame(message), fds)
         return self._next
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is still to come, or has not been taken."""
+        return self._open > 0 or bool(self._ready)
 
     def cancel(self, request: int) -> None:
         """Ask the engine to stop `request`; its final frame still comes."""
@@ -116,7 +123,10 @@ class Connection:
                 self._ready = self._splitter.feed(data)
             except ValueError as error:
                 raise Unavailable(f"the engine sent something that is no frame: {error}") from error
-        return self._ready.pop(0)
+        message = self._ready.pop(0)
+        if message.done:
+            self._open -= 1
+        return message
 
     def pending(self) -> bool:
         """Whether `receive` would return at once, from frames that were read already."""
@@ -124,7 +134,7 @@ class Connection:
 
     def stream(
         self, method: str, params: Mapping[str, Any] | None = None, fds: Sequence[int] = ()
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, Any]:
         """Every item of one request; the generator's return value is the result.
 
         Raises the engine's error as an exception of `errors`. A generator that is dropped early
