@@ -236,7 +236,8 @@ class Lab:
         upper, work = self.folder / name / "upper", self.folder / name / "work"
         upper.mkdir(parents=True)
         work.mkdir()
-        return Rootfs(tuple(lowers) or (str(self.image),), str(upper), str(work))
+        layers = tuple(lowers) or (str(self.image),)
+        return Rootfs(layers, str(upper), str(work))
 
     def create(
         self, spec: Spec, rootfs: Rootfs | None = None, *, identity: str | None = None

@@ -23,18 +23,22 @@ from bulkhead.boundary.seam import (
     LaunchRequest,
     Missing,
     Report,
+    Rootfs,
     Stdio,
 )
-from bulkhead.errors import Conflict, Invalid, NotFound, Unsupported
+from bulkhead.errors import Conflict, Invalid, LaunchFailed, NotFound, Unsupported
 from bulkhead.isolation import idmap, mounts, namespaces
+from bulkhead.isolation import rootfs as root_plan
 from bulkhead.isolation.cgroups import manager as cgroups
 from bulkhead.isolation.cgroups.group import Group
+from bulkhead.linux import mounts as kernel_mounts
 from bulkhead.linux import namespaces as kernel_namespaces
 from bulkhead.linux import overlayfs, pidfd, procfs
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.linux.terminals import window_size
 from bulkhead.oci.runtime import Process, Resources, Spec, validate_process
 
+_ROOT_PREPARED = frozenset({"root"})
 _OPTIONAL = frozenset({"pausable", "updatable", "measured"})
 
 
@@ -110,6 +114,7 @@ class ContainerBoundary:
         joins: int,
         directories: tuple[bool, ...],
         views: tuple[str, ...] = (),
+        prepared: frozenset[str] = frozenset(),
     ) -> Ground:
         """What of this host a program depends on."""
         hierarchy = cgroups.detect()
@@ -120,6 +125,7 @@ class ContainerBoundary:
             views=views,
             oom_score_adj=self.inherited_oom_score(),
             directories=directories,
+            prepared=prepared,
         )
 
 
@@ -154,6 +160,8 @@ class Container:
     """One container: a control group, and once started a first process."""
 
     def __init__(self, boundary: ContainerBoundary, bundle: Bundle, group: Group) -> None:
+        self._root: OwnedFd | None = None
+        self._preparing: asyncio.Future[OwnedFd | None] | None = None
         self.boundary = boundary
         self.bundle = bundle
         self.group = group
@@ -173,15 +181,45 @@ class Container:
         """Run the configured process; LaunchFailed and its kinds name the step that failed."""
         if self._running():
             raise Conflict(f"container {self.bundle.id} is already running")
+        if self._root is not None:
+            await self.ended()
         with contextlib.ExitStack() as undo:
-            request = self._launch_request(stdio, undo)
+            root = await self._take_root()
+            unmount = undo.enter_context(contextlib.ExitStack())
+            if root is not None:
+                unmount.callback(root.close)
+            request = self._launch_request(stdio, undo, root)
             launched = await self.boundary.launcher.launch(request)
+            unmount.pop_all()
+        self._root = root
         self._pid = launched.pid
         self._started = 0
         self._pidfd = launched.pidfd
         return launched
 
-    def _launch_request(self, stdio: Stdio, undo: contextlib.ExitStack) -> LaunchRequest:
+    def prepare(self) -> None:
+        """Begin to mount the root in a thread, for a `start` that follows soon."""
+        if self._preparing is None and self._root is None:
+            self._preparing = asyncio.ensure_future(self._make_root())
+
+    async def _take_root(self) -> OwnedFd | None:
+        preparing, self._preparing = self._preparing, None
+        return await (self._make_root() if preparing is None else preparing)
+
+    async def _make_root(self) -> OwnedFd | None:
+        """The root overlay, mounted nowhere yet; None where the child must mount it itself.
+
+        This process keeps the descriptor until `delete`: when the container's last process ends,
+        its exit is then not held up by the overlay's unmount, which writes the upper layer back.
+        """
+        rootfs = self.bundle.rootfs
+        if rootfs.directory is not None or not overlayfs.appends_layers():
+            return None
+        return await asyncio.to_thread(_mount_overlay, rootfs)
+
+    def _launch_request(
+        self, stdio: Stdio, undo: contextlib.ExitStack, root: OwnedFd | None
+    ) -> LaunchRequest:
         boundary, bundle, spec = self.boundary, self.bundle, self.bundle.spec
         kinds = source_kinds(spec)
         joins = self.group.join_fds()
@@ -189,12 +227,18 @@ class Container:
             undo.callback(fd.close)
         views = self._views()
         ground = boundary.ground(
-            spec, joins=len(joins), directories=kinds, views=tuple(sorted(views))
+            spec,
+            joins=len(joins),
+            directories=kinds,
+            views=tuple(sorted(views)),
+            prepared=frozenset() if root is None else _ROOT_PREPARED,
         )
         template = boundary.templates.launch(spec, bundle.rootfs, ground, terminal=stdio.terminal)
         data = template.fill(spec, bundle.rootfs, views, stdio)
         given: dict[str, int] = {f"join{i}": int(fd) for i, fd in enumerate(joins)}
         given |= self._streams(stdio)
+        if root is not None:
+            given["root"] = int(root)
         for kind, path in namespaces.paths(spec.linux).items():
             given[f"ns-{kind}"] = _open_namespace(kind, path, undo)
         cgroup_fd = self._clone_fd(undo)
@@ -278,6 +322,19 @@ class Container:
         if self._pidfd is not None:
             self._pidfd.close()
             self._pidfd = None
+        await self.ended()
+
+    async def ended(self) -> None:
+        """Let go of what only a running container needs: to call when its first process ended.
+
+        Writes the upper layer back, in a thread. `start` and `delete` do it too.
+        """
+        root, self._root = self._root, None
+        if self._preparing is not None:
+            with contextlib.suppress(LaunchFailed):
+                root = await self._take_root()
+        if root is not None:
+            await asyncio.to_thread(root.close)
 
     async def exec(self, identity: str, process: Process, stdio: Stdio) -> Launched:
         """Run `process` in every namespace and the control group of the container."""
@@ -350,6 +407,21 @@ class Container:
     def oom_kills(self) -> int:
         """How many processes the kernel has killed here for want of memory."""
         return self.group.oom_kills()
+
+
+def _mount_overlay(rootfs: Rootfs) -> OwnedFd:
+    """The overlay of `rootfs` as a detached mount; LaunchFailed as if the child had failed."""
+    try:
+        return kernel_mounts.new_filesystem(
+            "overlay",
+            root_plan.overlay_options(rootfs.lowers, rootfs.upper, rootfs.work),
+        )
+    except OSError as error:
+        raise LaunchFailed(
+            f"{root_plan.OVERLAY_STEP}: {os.strerror(error.errno or 0)}",
+            step=root_plan.OVERLAY_STEP,
+            errno=error.errno or 0,
+        ) from error
 
 
 def _open_namespace(kind: str, path: str, undo: contextlib.ExitStack) -> int:

@@ -203,7 +203,11 @@ class _Planner:
             upper = program.hole("upper", rootfs.upper)
             work = program.hole("work", rootfs.work or "")
         return root_plan.plan_overlay(
-            program, lowers, upper, work, appends=self.ground.appends_layers
+            program,
+            lowers,
+            upper,
+            work,
+            appends=self.ground.appends_layers,
         )
 
     # --- mounts ----------------------------------------------------------------------------

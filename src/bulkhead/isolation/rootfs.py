@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import TypeVar
 
 from bulkhead.errors import Unsupported
 from bulkhead.linux import mounts as kernel
@@ -9,7 +10,9 @@ from bulkhead.linux.program import Argument, Fd, Program, Slot
 
 OVERLAY_OPTIONS = (("redirect_dir", "nofollow"), ("metacopy", "off"))
 """An image must not decide where a directory's or a file's content comes from."""
+OVERLAY_STEP = "mount overlay on /"
 _PAGE = 4096
+A = TypeVar("A")
 
 
 def plan_private(program: Program, *, slave: bool) -> None:
@@ -30,29 +33,44 @@ def plan_overlay(
     """The layers `lowers` (topmost first) under a writable `upper`, over the host's root.
 
     Without `upper` it is read-only (two layers at least). `appends`: the kernel takes the layers
-    one by one; else their descriptors' numbers make an option string that fits in a page. The slot
-    is a descriptor of the root.
+    one by one; else their descriptors' numbers make an option string that fits in a page.
+    The slot is a descriptor of the root.
     """
     if not appends:
         return _plan_overlay_string(program, lowers, upper, work)
-    context = program.call(_OVERLAY, "fsopen", "overlay", kernel.FSOPEN_CLOEXEC)
-    pairs: list[tuple[str, Argument]] = [("source", "overlay")]
-    pairs += [("lowerdir+", lower) for lower in lowers]
-    if upper is not None:
-        pairs += [("upperdir", upper), ("workdir", work)]
-    pairs += OVERLAY_OPTIONS
-    for name, value in pairs:
+    context = program.call(OVERLAY_STEP, "fsopen", "overlay", kernel.FSOPEN_CLOEXEC)
+    for name, value in _pairs(lowers, upper, work):
         if isinstance(value, Fd):
-            program.call(_OVERLAY, "fsconfig", context, kernel.FSCONFIG_SET_FD, name, None, value)
+            program.call(
+                OVERLAY_STEP, "fsconfig", context, kernel.FSCONFIG_SET_FD, name, None, value
+            )
         else:
-            program.call(_OVERLAY, "fsconfig", context, kernel.FSCONFIG_SET_STRING, name, value, 0)
-    program.call(_OVERLAY, "fsconfig", context, kernel.FSCONFIG_CMD_CREATE, None, None, 0)
-    root = program.call(_OVERLAY, "fsmount", context, kernel.FSMOUNT_CLOEXEC, 0)
+            program.call(
+                OVERLAY_STEP, "fsconfig", context, kernel.FSCONFIG_SET_STRING, name, value, 0
+            )
+    program.call(OVERLAY_STEP, "fsconfig", context, kernel.FSCONFIG_CMD_CREATE, None, None, 0)
+    root = program.call(OVERLAY_STEP, "fsmount", context, kernel.FSMOUNT_CLOEXEC, 0)
     plan_cover(program, root)
     return root
 
 
-_OVERLAY = "mount overlay on /"
+def overlay_options(
+    lowers: Sequence[str],
+    upper: str | None,
+    work: str | None,
+) -> list[str | tuple[str, str | int]]:
+    """The same overlay as options for `linux.mounts.new_filesystem`."""
+    return [*_pairs(lowers, upper, work)]
+
+
+def _pairs(lowers: Sequence[A], upper: A | None, work: A | None) -> list[tuple[str, A | str]]:
+    pairs: list[tuple[str, A | str]] = [("source", "overlay")]
+    pairs += [("lowerdir+", lower) for lower in lowers]
+    if upper is not None and work is not None:
+        pairs += [("upperdir", upper), ("workdir", work)]
+    return [*pairs, *OVERLAY_OPTIONS]
+
+
 _FIRST_FD = 512
 """Where layers' descriptors are put, so that their names are known when the plan is made."""
 
@@ -67,9 +85,9 @@ def _plan_overlay_string(
     given = [*lowers] + ([upper, work] if upper is not None else [])
     flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
     for position, path in enumerate(given):
-        fd = program.call(_OVERLAY, "openat", kernel.AT_FDCWD, path, flags, 0)
-        program.call(_OVERLAY, "dup3", fd, _FIRST_FD + position, os.O_CLOEXEC)
-        program.call(_OVERLAY, "close", fd)
+        fd = program.call(OVERLAY_STEP, "openat", kernel.AT_FDCWD, path, flags, 0)
+        program.call(OVERLAY_STEP, "dup3", fd, _FIRST_FD + position, os.O_CLOEXEC)
+        program.call(OVERLAY_STEP, "close", fd)
     names = [str(_FIRST_FD + position) for position in range(len(given))]
     options = ["lowerdir=" + ":".join(names[: len(lowers)])]
     if upper is not None:
@@ -80,10 +98,10 @@ def _plan_overlay_string(
         raise Unsupported(
             f"{len(lowers)} layers are more than this kernel's overlay takes (Linux 6.8 does)"
         )
-    program.call(_OVERLAY, "chdir", "/proc/self/fd")
-    program.call(_OVERLAY, "mount", "overlay", "/", "overlay", 0, text)
+    program.call(OVERLAY_STEP, "chdir", "/proc/self/fd")
+    program.call(OVERLAY_STEP, "mount", "overlay", "/", "overlay", 0, text)
     # ".." of the root directory leads to what is mounted over it.
-    return program.call(_OVERLAY, "openat", kernel.AT_FDCWD, "/..", flags, 0)
+    return program.call(OVERLAY_STEP, "openat", kernel.AT_FDCWD, "/..", flags, 0)
 
 
 def plan_directory(program: Program, path: Argument) -> Slot:
