@@ -13,7 +13,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import signal as signals
 import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,32 +22,24 @@ from bulkhead import _native
 from bulkhead.boundary.seam import Launched, LaunchRequest
 from bulkhead.errors import (
     BulkheadError,
-    CommandNotExecutable,
-    CommandNotFound,
     Conflict,
     Internal,
     Invalid,
-    LaunchFailed,
     NotFound,
     Unavailable,
 )
 from bulkhead.home import Home
+from bulkhead.keeper.launching import MESSAGE, decode_reply, encode_request
 from bulkhead.linux import pidfd
 from bulkhead.linux.fds import OwnedFd
 
 HELLO, LAUNCH, SIGNAL, FORGET, ENTRIES, SUPERVISE, DISMISS, SHUTDOWN, CLOSE_KEPT = range(1, 10)
 REPLY, EXIT, ENTRY, ADOPT = range(64, 68)
 
-MESSAGE = struct.Struct("=IIiI")
-_LAUNCH = struct.Struct("=Q10I")
 _SUPERVISE = struct.Struct("=4I")
-_LAUNCHED = struct.Struct("=qQ")
-_FAILURE = struct.Struct("=IIiI")
 _EXITED = struct.Struct("=qiIQ")
 _ENTRY = struct.Struct("=qiIQQII")
-_STEP, _EXEC, _DIED = 1, 2, 3
 _MAX_PACKET = 128 << 10
-_MAX_INLINE = 64 << 10
 _ANSWER_WITHIN_S = 60.0
 _INT = struct.Struct("i")
 
@@ -435,7 +426,7 @@ class HolderClient:
         holder died under it (a step that had not come to its exec dies with the holder). If the
         holder had died before it was asked, another is started and asked.
         """
-        parts, fds, close = _encode_launch(request)
+        parts, fds, close = encode_request(request)
         try:
             for attempt in (1, 2):
                 if self._sock is None or self.closed.is_set():
@@ -451,7 +442,7 @@ class HolderClient:
         finally:
             for fd in close:
                 os.close(fd)
-        return _launched(request, data, got)
+        return decode_reply(request, data, got)
 
     async def _launch_once(
         self, parts: Sequence[bytes], fds: Sequence[int]
@@ -583,81 +574,3 @@ def _check(error: int, message: str) -> None:
         raise Invalid(message)
     if error:
         raise Internal(message, errno=error)
-
-
-def _encode_launch(request: LaunchRequest) -> tuple[tuple[bytes, ...], list[int], list[int]]:
-    """(parts after the message head, descriptors, descriptors to close afterwards)."""
-    identity, record = request.id.encode(), os.fsencode(request.record)
-    uid_map, gid_map = request.uid_map.encode(), request.gid_map.encode()
-    fds = [*request.fds, *request.keep]
-    close: list[int] = []
-    if request.cgroup_fd >= 0:
-        fds.append(request.cgroup_fd)
-    program = request.program
-    if len(program) + len(request.meta) > _MAX_INLINE:
-        fd = os.memfd_create("program")
-        close.append(fd)
-        # A regular file of tmpfs: a write is whole or fails.
-        os.write(fd, program)
-        fds.append(fd)
-        program = b""
-    head = _LAUNCH.pack(
-        request.clone_flags,
-        len(request.fds),
-        len(request.keep),
-        int(request.cgroup_fd >= 0),
-        len(identity),
-        len(record),
-        len(request.meta),
-        len(uid_map),
-        len(gid_map),
-        len(program),
-        0,
-    )
-    return (head, identity, record, request.meta, uid_map, gid_map, program), fds, close
-
-
-def _launched(request: LaunchRequest, data: bytes, fds: list[int]) -> Launched:
-    _, _, status, _ = MESSAGE.unpack_from(data)
-    body = data[MESSAGE.size :]
-    if status == 0:
-        pid, started = _LAUNCHED.unpack_from(body)
-        return Launched(pid, started, OwnedFd(fds[0]) if fds else None)
-    if status > 0:
-        text = body.decode(errors="replace")
-        if status == errno.EEXIST:
-            raise Conflict(f"process {request.id} exists already")
-        if status == errno.EINVAL:
-            raise Invalid(f"launch of {request.id} refused: {text}")
-        raise LaunchFailed(f"start of the process: {text}", step="clone", errno=status)
-    kind, index, error, no_interpreter = _FAILURE.unpack_from(body)
-    step = request.steps[index] if index < len(request.steps) else f"step {index}"
-    if kind == _EXEC:
-        raise _exec_failure(body[_FAILURE.size :], step, error, bool(no_interpreter))
-    if kind == _DIED:
-        how = (
-            f"was killed by {signals.Signals(error & 127).name}"
-            if error & 127
-            else f"ended with code {error >> 8}"
-        )
-        raise LaunchFailed(f"{step}: the process {how}", step=step, errno=0)
-    raise LaunchFailed(f"{step}: {os.strerror(error)}", step=step, errno=error)
-
-
-def _exec_failure(name: bytes, step: str, error: int, no_interpreter: bool) -> LaunchFailed:
-    """Docker's words, by which people and clients know these failures."""
-    program = name.decode("utf-8", "replace")
-    reason = os.strerror(error).lower()
-    if error in (errno.ENOENT, errno.ENOTDIR):
-        if no_interpreter:
-            message = f"exec {program}: {reason} (the interpreter it names is missing)"
-        elif "/" in program:
-            message = f'exec: "{program}": stat {program}: {reason}'
-        else:
-            message = f'exec: "{program}": executable file not found in $PATH'
-        return CommandNotFound(message, step=step, errno=error)
-    if error == errno.ENOEXEC:
-        return CommandNotExecutable(f"exec {program}: {reason}", step=step, errno=error)
-    if error in (errno.EACCES, errno.EISDIR, errno.EPERM, errno.ETXTBSY):
-        return CommandNotExecutable(f'exec: "{program}": {reason}', step=step, errno=error)
-    return LaunchFailed(f'exec: "{program}": {reason}', step=step, errno=error)

@@ -75,14 +75,19 @@ def _open(path: str) -> int | None:
         return None
 
 
+def _names(path: str) -> list[str]:
+    """The files' names, youngest first; one may be missing in the midst of a rotation."""
+    names = [path]
+    while any(os.path.exists(f"{path}.{len(names) + more}") for more in (0, 1)):
+        names.append(f"{path}.{len(names)}")
+    return names
+
+
 def _open_all(path: str) -> list[int]:
     """The files, oldest first. A rotation meanwhile is noticed and looked at again."""
     for _ in range(100):
         fds: list[int] = []
-        names = [path]
-        while os.path.exists(f"{path}.{len(names)}"):
-            names.append(f"{path}.{len(names)}")
-        for name in reversed(names):
+        for name in reversed(_names(path)):
             fd = _open(name)
             if fd is not None:
                 fds.append(fd)
@@ -156,9 +161,7 @@ def _start(path: str, tail: int | None) -> list[_Lines]:
 
 def _next_younger(path: str, inode: int) -> int | None:
     """Open the file after the one with `inode`; None if that is the youngest still."""
-    names = [path]
-    while os.path.exists(f"{path}.{len(names)}"):
-        names.append(f"{path}.{len(names)}")
+    names = _names(path)
     previous: str | None = None
     for name in names:
         try:

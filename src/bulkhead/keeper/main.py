@@ -21,15 +21,8 @@ if __name__ == "__main__":  # run by path, isolated: the package's folder is not
 
 from bulkhead.keeper import journal
 from bulkhead.keeper.journal import IDLE, Journal, complain
-from bulkhead.keeper.pump import (
-    READ,
-    REATTACH_S,
-    WRITE,
-    Attachment,
-    Loop,
-    Workload,
-    attached_ids,
-)
+from bulkhead.keeper.loop import READ, WRITE, Loop
+from bulkhead.keeper.pump import REATTACH_S, Attachment, Workload, attached_ids
 
 # The holder's messages: native/holder.h.
 _MESSAGE = struct.Struct("=IIiI")
