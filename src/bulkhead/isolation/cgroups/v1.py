@@ -29,7 +29,7 @@ from bulkhead.oci.runtime import Memory, Resources
 JOINED = ("pids", "freezer", "devices", "memory", "cpu", "cpuacct", "cpuset", "blkio")
 ON_REQUEST = ("hugetlb", "net_cls", "net_prio", "rdma")
 
-_ATTEMPTS = 16
+_ATTEMPTS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,18 +144,19 @@ class HierarchyV1:
                         attempt.callback(_rmdir, f"{mount.target}{path}")
                         if "cpuset" in mount.controllers and not above.clones:
                             _inherit_cpuset(f"{mount.target}{parent}", f"{mount.target}{path}")
-                except FileNotFoundError:
-                    # Another engine removed the parent as its last user went.
-                    with self._lock:
-                        self._forget(parent)
-                    continue
                 except FileExistsError:
                     if not self.open(path).try_delete():
                         text = f"control group {path} already exists and is in use"
                         raise Conflict(text) from None
                     continue
                 except OSError as error:
-                    raise files.translate(error, path, "", "cannot make a control group") from error
+                    if error.errno in (errno.ENOENT, errno.ENODEV):
+                        # Another engine removed the parent as its last user went.
+                        with self._lock:
+                            self._forget(parent)
+                        continue
+                    what = "cannot make a control group"
+                    raise files.translate(error, path, "", what) from error
                 undo.push(attempt.pop_all())
                 return
         raise Internal(f"cannot make control group {path}: it or its parent keeps disappearing")
@@ -182,21 +183,19 @@ class HierarchyV1:
             return known
 
     def _open_parent(self, mount: MountV1, parent: str) -> OwnedFd:
-        """The parent's directory, made with what is missing above it."""
+        """The parent's directory, made with what is missing above it; OSError."""
         place = mount.target
         for part in parent.split("/")[1:]:
             above, place = place, f"{place}/{part}"
             made = False
-            with files.explained(place, "", "cannot make a control group"):
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(place, 0o755)
-                    made = True
-                if "cpuset" in mount.controllers:
-                    _inherit_cpuset(above, place)
-                    if made:
-                        files.put(f"{place}/cgroup.clone_children", "1")
-        with files.explained(place, "", "cannot open the control group"):
-            return OwnedFd(files.open_folder(place))
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(place, 0o755)
+                made = True
+            if "cpuset" in mount.controllers:
+                _inherit_cpuset(above, place)
+                if made:
+                    files.put(f"{place}/cgroup.clone_children", "1")
+        return OwnedFd(files.open_folder(place))
 
 
 def _rank(mount: MountV1) -> int:

@@ -22,7 +22,7 @@ from bulkhead.oci.runtime import Resources
 
 WANTED = ("cpuset", "cpu", "io", "memory", "hugetlb", "pids", "rdma", "misc")
 
-_ATTEMPTS = 16
+_ATTEMPTS = 100
 _PROGRAM = "bulkhead_dev"
 
 
@@ -90,16 +90,17 @@ class HierarchyV2:
             try:
                 self._prepare(parent)
                 os.mkdir(f"{self.mount}{path}", 0o755)
-            except FileNotFoundError:
-                # Another engine removed the parent as its last user went.
-                with self._lock:
-                    self._ready.discard(parent)
-                continue
             except FileExistsError:
                 if not files.remove(f"{self.mount}{path}"):
-                    raise Conflict(f"control group {path} already exists and is in use") from None
+                    text = f"control group {path} already exists and is in use"
+                    raise Conflict(text) from None
                 continue
             except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ENODEV):
+                    # Another engine removed the parent as its last user went.
+                    with self._lock:
+                        self._ready.discard(parent)
+                    continue
                 raise files.translate(error, path, "", "cannot make a control group") from error
             return
         raise Internal(f"cannot make control group {path}: it or its parent keeps disappearing")
@@ -131,6 +132,8 @@ class HierarchyV2:
                 try:
                     files.put(f"{place}/cgroup.subtree_control", f"+{controller}")
                 except OSError as error:
+                    if error.errno in (errno.ENOENT, errno.ENODEV):
+                        raise  # the group went away
                     self._refused[controller] = _refusal(controller, place, error)
 
 
