@@ -18,7 +18,7 @@ from bulkhead.errors import BulkheadError
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bulkhead serve", description="Serve one installation.")
     parser.add_argument("--root", help="directory of the state")
-    parser.add_argument("--run", help="directory of what lives until the next boot")
+    parser.add_argument("--run", "--run-root", help="directory of what lives until the next boot")
     parser.add_argument(
         "--foreground", action="store_true", help="does nothing: the engine stays in front"
     )

@@ -11,12 +11,10 @@ Migrations are numbered files `migrations/NNNN_name.sql`, each applied once, in 
 """
 
 import contextlib
-import json
 import os
 import sqlite3
 from collections.abc import Iterator
 from importlib import resources
-from typing import Any
 
 from bulkhead.errors import Corrupt, Invalid, Unavailable, Unsupported
 
@@ -131,7 +129,7 @@ class Database:
 
 
 class Documents:
-    """JSON documents by key; each `put` and `delete` is durable when it returns."""
+    """JSON texts by key; each `put` and `delete` is durable when it returns."""
 
     def __init__(self, database: Database, kind: str) -> None:
         if not kind:
@@ -139,14 +137,14 @@ class Documents:
         self._database = database
         self._kind = kind
 
-    def get(self, key: str) -> dict[str, Any] | None:
+    def get(self, key: str) -> str | None:
         """The document, or None."""
         row = self._database.execute(
             "SELECT document FROM documents WHERE kind=? AND key=?", self._kind, key
         ).fetchone()
-        return None if row is None else json.loads(row[0])
+        return None if row is None else str(row[0])
 
-    def put(self, key: str, document: dict[str, Any]) -> None:
+    def put(self, key: str, text: str) -> None:
         """Write or replace it."""
         with self._database.transaction():
             self._database.execute(
@@ -154,7 +152,7 @@ class Documents:
                 "ON CONFLICT(kind,key) DO UPDATE SET document=excluded.document",
                 self._kind,
                 key,
-                json.dumps(document, separators=(",", ":")),
+                text,
             )
 
     def delete(self, key: str) -> None:
@@ -162,9 +160,8 @@ class Documents:
         with self._database.transaction():
             self._database.execute("DELETE FROM documents WHERE kind=? AND key=?", self._kind, key)
 
-    def items(self) -> list[tuple[str, dict[str, Any]]]:
+    def items(self) -> list[tuple[str, str]]:
         """All of them, ordered by key."""
-        rows = self._database.execute(
+        return self._database.execute(
             "SELECT key, document FROM documents WHERE kind=? ORDER BY key", self._kind
         ).fetchall()
-        return [(key, json.loads(document)) for key, document in rows]

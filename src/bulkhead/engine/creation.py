@@ -1,0 +1,171 @@
+"""`workload.create`: a request becomes a record, or one clear error and nothing."""
+
+import contextlib
+import os
+import time
+
+from bulkhead.boundary import registry
+from bulkhead.engine import body, merge, mountpoints, names, options, security
+from bulkhead.engine.core import Engine
+from bulkhead.engine.records import MountPoint, Record, Workload
+from bulkhead.errors import Invalid, NotFound
+from bulkhead.images.catalog import Image
+from bulkhead.isolation import capabilities
+
+
+def create(
+    engine: Engine, name: str, request: body.CreateBody, boundary: str
+) -> tuple[Workload, list[str]]:
+    """A new workload, recorded; and warnings.
+
+    Errors are Docker's: Invalid for a mistake in the request, NotFound for an unknown image,
+    network or workload it refers to, Conflict for a taken name.
+    """
+    kind = _boundary(boundary, request)
+    warnings = options.validate(request)
+    image = _image(engine, request.image)
+    record = _record(engine, request, image, kind)
+    record.name = _name(engine, name)
+    with contextlib.ExitStack() as undo:
+        _volumes(engine, record, request, undo)
+        workload = Workload(record)
+        engine.workloads.add(workload)
+        undo.pop_all()
+    return workload, warnings
+
+
+def _boundary(boundary: str, request: body.CreateBody) -> str:
+    runtime = request.host_config.runtime if request.host_config else ""
+    chosen = boundary or runtime or "container"
+    if chosen in {"runc", "io.containerd.runc.v2", "default"}:
+        chosen = "container"
+    if chosen not in registry.names():
+        raise Invalid(f"unknown or invalid runtime name: {chosen}")
+    return chosen
+
+
+def _image(engine: Engine, reference: str) -> Image:
+    if not reference:
+        raise Invalid("No image was specified")
+    return engine.images.resolve(reference)
+
+
+def _name(engine: Engine, name: str) -> str:
+    if name:
+        checked = names.check(name)
+        engine.workloads.check_name(checked)
+        return checked
+    return names.invent(engine.workloads.names())
+
+
+def _record(engine: Engine, request: body.CreateBody, image: Image, boundary: str) -> Record:
+    host = request.host_config or body.HostConfig()
+    merge.host(host, boundary)
+    config = merge.config(request, image.config.container)
+    options.check_health(config.healthcheck)
+    args = merge.command(config)
+    for label, words in (("CapAdd", host.cap_add), ("CapDrop", host.cap_drop)):
+        for word in words or ():
+            capabilities.normalize(word, label)
+    security.parse(host.security_opt or [])
+    _references(engine, host)
+    identity = engine.take_id()
+    if not config.hostname and host.network_mode != "host" and not host.uts_mode:
+        config.hostname = identity[:12]
+        if host.network_mode.startswith("container:"):
+            config.hostname = ""
+    networks = _networks(engine, request, host)
+    return Record(
+        id=identity,
+        name="",
+        created_ns=time.time_ns(),
+        boundary=boundary,
+        image=request.image,
+        image_id=image.id,
+        config=config,
+        host=host,
+        diff_ids=list(image.diff_ids),
+        networks=networks,
+        mounts=_mounts(engine, config, host),
+        args=args,
+        boot_id=engine.boot_id,
+    )
+
+
+def _references(engine: Engine, host: body.HostConfig) -> None:
+    """Other workloads that are named must exist; they are remembered by id."""
+    for member in ("network_mode", "ipc_mode", "pid_mode"):
+        value: str = getattr(host, member)
+        if value.startswith("container:"):
+            other = engine.workloads.find(value.removeprefix("container:"))
+            setattr(host, member, f"container:{other.id}")
+
+
+def _networks(
+    engine: Engine, request: body.CreateBody, host: body.HostConfig
+) -> dict[str, body.EndpointSettings]:
+    given = (request.networking_config or body.NetworkingConfig()).endpoints_config or {}
+    mode = host.network_mode
+    if request.network_disabled:
+        host.network_mode = "none"
+        return {}
+    if mode in {"none", "host"} or mode.startswith("container:"):
+        others = [name for name in given if name not in {mode, "none", "host"}]
+        if others:
+            raise Invalid(
+                "conflicting options: cannot attach both user-defined "
+                f"and non-user-defined network-modes ({mode} and {others[0]})"
+            )
+        return {}
+    wanted = {name: settings or body.EndpointSettings() for name, settings in given.items()}
+    if mode not in wanted and not (mode == "bridge" and wanted):
+        wanted[mode] = body.EndpointSettings()
+    elif mode == "bridge" and "bridge" not in wanted and wanted:
+        # Docker's create with networks but without a mode starts on those networks.
+        host.network_mode = next(iter(wanted))
+    for name in wanted:
+        if name != "bridge" and not engine.network_exists(name):
+            raise NotFound(f"network {name} not found")
+    return wanted
+
+
+def _mounts(engine: Engine, config: body.Config, host: body.HostConfig) -> list[MountPoint]:
+    def inherited(name: str) -> list[MountPoint]:
+        return [
+            MountPoint(**{f: getattr(point, f) for f in MountPoint.__struct_fields__})
+            for point in engine.workloads.find(name).record.mounts
+        ]
+
+    points = mountpoints.resolve(host, config.volumes or (), inherited)
+    for point in points:
+        if point.type_ == "bind" and not point.create and not os.path.lexists(point.source):
+            raise Invalid(
+                'invalid mount config for type "bind": '
+                f"bind source path does not exist: {point.source}"
+            )
+    return points
+
+
+def _volumes(
+    engine: Engine, record: Record, request: body.CreateBody, undo: contextlib.ExitStack
+) -> None:
+    """Make the volumes it names; what was made is undone if the creation fails."""
+    wanted = {
+        mountpoints.clean_target(mount.target): mount.volume_options
+        for mount in record.host.mounts or ()
+        if mount.type_ == "volume" and mount.volume_options
+    }
+    for point in record.mounts:
+        if point.type_ != "volume" or (point.name and point.name in engine.volumes):
+            continue
+        opts = wanted.get(point.destination) or body.VolumeOptions()
+        driver = opts.driver_config or body.DriverConfig()
+        volume = engine.volumes.create(
+            point.name,
+            driver=driver.name or "local",
+            labels=opts.labels,
+            driver_opts=driver.options,
+            anonymous=not point.name,
+        )
+        undo.callback(engine.discard_volume, volume.name)
+        point.name = volume.name

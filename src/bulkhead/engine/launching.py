@@ -1,0 +1,226 @@
+"""One start of a workload: from its record to a running process, or to nothing.
+
+Everything acquired registers its undo on the next line; a failed start leaves the workload as it
+was, with the reason in its record and Docker's exit code (127 not found, 126 not executable, 128
+otherwise).
+"""
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bulkhead.boundary.seam import Bundle, Launched, Rootfs
+from bulkhead.engine import copyup, specgen, stdio, users
+from bulkhead.engine.records import MountPoint, Record, Workload
+from bulkhead.errors import (
+    BulkheadError,
+    CommandNotExecutable,
+    CommandNotFound,
+    Conflict,
+    Invalid,
+)
+from bulkhead.keeper.holder import program_path
+from bulkhead.network.model import Attachment
+
+if TYPE_CHECKING:
+    from bulkhead.engine.core import Engine
+
+_GENERATED = {"/etc/hosts": "hosts", "/etc/hostname": "hostname", "/etc/resolv.conf": "resolv.conf"}
+
+
+@dataclass(slots=True)
+class Start:
+    """What a client adds to a start."""
+
+    rows: int = 0
+    columns: int = 0
+
+
+async def launch(engine: "Engine", workload: Workload, start: Start) -> Launched:
+    """Run the workload's program; the caller holds the lock and records the outcome."""
+    record = workload.record
+    async with contextlib.AsyncExitStack() as undo:
+        lowers = await engine.lowers(record.diff_ids)
+        rootfs = _directories(engine, record, lowers)
+        sources = [await _source(engine, record, point, lowers, undo) for point in record.mounts]
+        undo.callback(engine.volumes.release, record.id)
+        attachment = engine.networks.prepare(engine.attach_request(workload))
+        undo.callback(engine.networks.release, record.id)
+        workload.settings = attachment.settings
+        facts = _facts(engine, workload, attachment, rootfs, sources, start)
+        bundle = Bundle(
+            id=record.id,
+            spec=specgen.generate(record, facts),
+            rootfs=rootfs,
+            directory=engine.home.workload_run(record.id),
+        )
+        instance = await engine.boundary(record.boundary).create(bundle)
+        undo.push_async_callback(_delete, instance)
+        with stdio.make(engine.home, record, start.rows, start.columns) as streams:
+            launched = await instance.start(streams)
+        workload.instance, workload.bundle = instance, bundle
+        engine.processes.watch(record.id, launched.pidfd, launched.pid)
+        engine.networks.started(record.id, launched.pid)
+        undo.pop_all()
+    return launched
+
+
+async def _delete(instance: object) -> None:
+    with contextlib.suppress(BulkheadError):
+        await instance.delete(force=True)  # type: ignore[attr-defined]
+
+
+def _directories(engine: "Engine", record: Record, lowers: tuple[str, ...]) -> Rootfs:
+    home = engine.home.workload(record.id)
+    for path, mode in (
+        (home, 0o710),
+        (f"{home}/upper", 0o755),
+        (f"{home}/work", 0o700),
+        (f"{home}/log", 0o700),
+        (engine.home.workload_run(record.id), 0o711),
+    ):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, mode)
+    return Rootfs(lowers=lowers, upper=f"{home}/upper", work=f"{home}/work")
+
+
+async def _source(
+    engine: "Engine",
+    record: Record,
+    point: MountPoint,
+    lowers: tuple[str, ...],
+    undo: contextlib.AsyncExitStack,
+) -> str:
+    """The host's path of one mount, made ready."""
+    if point.type_ == "tmpfs":
+        return ""
+    if point.type_ == "bind":
+        if not os.path.lexists(point.source):
+            if not point.create:
+                raise Invalid(
+                    'invalid mount config for type "bind": '
+                    f"bind source path does not exist: {point.source}"
+                )
+            os.makedirs(point.source, mode=0o755, exist_ok=True)
+        return point.source
+    if point.name not in engine.volumes:
+        engine.volumes.create(point.name, anonymous=point.anonymous)
+    path = engine.volumes.hold(point.name, record.id)
+    if not engine.volumes.get(point.name).filled:
+        if not point.no_copy:
+            await copyup.fill(engine, path, lowers, point.destination)
+        engine.volumes.mark_filled(point.name)
+    return copyup.subdirectory(path, point.subpath) if point.subpath else path
+
+
+def _facts(
+    engine: "Engine",
+    workload: Workload,
+    attachment: Attachment,
+    rootfs: Rootfs,
+    sources: list[str],
+    start: Start,
+) -> specgen.Facts:
+    record = workload.record
+    hostname = attachment.hostname or record.config.hostname or os.uname().nodename
+    namespaces, shared_shm = _shared(engine, record)
+    return specgen.Facts(
+        identity=users.resolve(
+            record.config.user,
+            engine.accounts(rootfs),
+            record.host.group_add or (),
+        ),
+        cgroup=engine.cgroup_path(record),
+        netns=attachment.netns_path,
+        hostname=hostname,
+        files=_files(engine, record, attachment, hostname),
+        sources=sources,
+        namespaces=namespaces,
+        shared_shm=shared_shm,
+        init=program_path("bulkhead-init") if record.host.init else "",
+        rows=start.rows,
+        columns=start.columns,
+    )
+
+
+def _files(
+    engine: "Engine", record: Record, attachment: Attachment, hostname: str
+) -> dict[str, str]:
+    """Write the three files of /etc, unless a mount of the user's is in their place."""
+    texts = {
+        "/etc/hosts": attachment.hosts,
+        "/etc/hostname": f"{hostname}\n",
+        "/etc/resolv.conf": attachment.resolv_conf,
+    }
+    taken = {point.destination for point in record.mounts}
+    directory = engine.home.workload_run(record.id)
+    written = {}
+    for place, text in texts.items():
+        if place in taken:
+            continue
+        path = f"{directory}/{_GENERATED[place]}"
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
+        written[place] = path
+    return written
+
+
+def _shared(engine: "Engine", record: Record) -> tuple[dict[str, str], str | None]:
+    """Namespaces of other workloads to join, and the /dev/shm that goes with an IPC namespace."""
+    found: dict[str, str] = {}
+    shm = None
+    for kind, mode in (("pid", record.host.pid_mode), ("ipc", record.host.ipc_mode)):
+        if not mode.startswith("container:"):
+            continue
+        other = engine.workloads.find(mode.removeprefix("container:"))
+        if not other.running:
+            raise Conflict(
+                f"cannot join {kind.upper()} namespace of a non running container: {other.id}"
+            )
+        if kind == "ipc":
+            if other.record.host.ipc_mode not in {"shareable", "host"}:
+                raise Invalid(
+                    f"cannot join IPC of {other.id}: non-shareable IPC "
+                    "(hint: use IpcMode:shareable for the donor container)"
+                )
+            shm = engine.shm_path(other.id)
+        found[kind] = f"/proc/{other.record.pid}/ns/{kind}"
+    if record.host.ipc_mode == "shareable":
+        shm = engine.make_shm(record)
+    return found, shm
+
+
+def failure_code(error: BulkheadError) -> int:
+    """The exit code of a workload whose program could not be run."""
+    if isinstance(error, CommandNotFound):
+        return 127
+    if isinstance(error, CommandNotExecutable):
+        return 126
+    return 128
+
+
+def record_start(record: Record, launched: Launched, boot_id: str) -> None:
+    """Write down that it runs."""
+    record.status = "running"
+    record.pid = launched.pid
+    record.started_ns = launched.started_ns or time.time_ns()
+    record.finished_ns = 0
+    record.exit_code = 0
+    record.exit_known = True
+    record.error = ""
+    record.oom_killed = False
+    record.oom_text = ""
+    record.boot_id = boot_id
+
+
+def record_failure(record: Record, error: BulkheadError) -> None:
+    """Write down why it does not."""
+    record.status = "created" if not record.started_ns else "exited"
+    record.pid = 0
+    record.exit_code = failure_code(error)
+    record.error = error.message

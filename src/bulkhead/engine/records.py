@@ -1,0 +1,237 @@
+"""What is remembered of a workload, and the table of all of them.
+
+A `Record` is what the database holds. `Workload` is the record with what belongs to this engine's
+life only: the instance behind the boundary, waiters, health, execs. All changes happen on the
+loop; `Workload.lock` orders the operations of one workload.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from bulkhead.engine import body
+from bulkhead.errors import Conflict, Invalid, NotFound
+from bulkhead.state.database import Database
+
+if TYPE_CHECKING:
+    from bulkhead.boundary.seam import Bundle, Instance
+    from bulkhead.engine.health import Prober
+
+UNKNOWN_EXIT = 255
+RUNNING = frozenset({"running", "paused", "restarting"})
+
+
+class MountPoint(msgspec.Struct, omit_defaults=True):
+    """A resolved mount of a workload: as `inspect` shows it, and what makes it."""
+
+    type_: str
+    destination: str
+    source: str = ""
+    name: str = ""
+    rw: bool = True
+    mode: str = ""
+    propagation: str = ""
+    recursive: bool = True
+    recursive_read_only: str = ""
+    """"" (when the kernel can), "off" or "force"."""
+    no_copy: bool = False
+    subpath: str = ""
+    anonymous: bool = False
+    options: list[str] = []
+    create: bool = False
+    """Make a missing source directory at start, as `-v` does."""
+
+
+class Record(msgspec.Struct, omit_defaults=True):
+    """One workload. Times are nanoseconds since the epoch, 0 for never."""
+
+    id: str
+    name: str
+    created_ns: int
+    boundary: str
+    image: str
+    image_id: str
+    config: body.Config
+    host: body.HostConfig
+    diff_ids: list[str] = []
+    networks: dict[str, body.EndpointSettings] = {}
+    mounts: list[MountPoint] = []
+    args: list[str] = []
+    platform: str = "linux"
+    status: str = "created"
+    pid: int = 0
+    started_ns: int = 0
+    finished_ns: int = 0
+    exit_code: int = 0
+    exit_known: bool = True
+    error: str = ""
+    oom_killed: bool = False
+    oom_text: str = ""
+    restart_count: int = 0
+    stopped_by_hand: bool = False
+    removing: bool = False
+    boot_id: str = ""
+
+    @property
+    def durable(self) -> bool:
+        """Whether this record is to survive a loss of power: not when a reboot deletes it."""
+        return not self.host.auto_remove
+
+    @property
+    def policy(self) -> str:
+        """The restart policy's name, "no" when there is none."""
+        policy = self.host.restart_policy
+        return (policy.name if policy else "") or "no"
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Record)
+
+
+class Workload:
+    """A record and what this engine knows besides."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.lock = asyncio.Lock()
+        self.instance: Instance | None = None
+        self.bundle: Bundle | None = None
+        self.launch_number = 0
+        """Counts launches, so that news of an earlier one is told from the present one's."""
+        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        """Done when the present (or next) run has ended and its output is complete."""
+        self.gone: asyncio.Event = asyncio.Event()
+        self.stopping = False
+        self.keep = False
+        """Not removed at its end though `--rm` says so: it is being restarted."""
+        self.restart_timer: asyncio.Task[None] | None = None
+        self.restart_delay_s = 0.0
+        self.prober: Prober | None = None
+        self.health: dict[str, Any] | None = None
+        self.execs: dict[str, Any] = {}
+        self.settings: dict[str, Any] | None = None
+        self.attached = 0
+        self.cleaned: asyncio.Event = asyncio.Event()
+        self.cleaned.set()
+
+    @property
+    def id(self) -> str:
+        """The full id."""
+        return self.record.id
+
+    @property
+    def running(self) -> bool:
+        """Whether its first process lives, frozen or not."""
+        return self.record.status in {"running", "paused"}
+
+    def begin_run(self) -> None:
+        """A fresh future for the run that starts now."""
+        if self.ended.done():
+            self.ended = asyncio.get_running_loop().create_future()
+
+
+class Workloads:
+    """All workloads, by id, name and unique prefix of an id; writes go to the database at once."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._by_id: dict[str, Workload] = {}
+        self._names: dict[str, str] = {}
+
+    def load(self) -> None:
+        """Read every record."""
+        for (document,) in self._database.execute("SELECT document FROM workloads").fetchall():
+            record = _decoder.decode(document)
+            self._by_id[record.id] = Workload(record)
+            self._names[record.name] = record.id
+
+    def __iter__(self) -> Iterator[Workload]:
+        return iter(list(self._by_id.values()))
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def by_id(self, identity: str) -> Workload | None:
+        """The workload with exactly this id."""
+        return self._by_id.get(identity)
+
+    def find(self, reference: str) -> Workload:
+        """By id, name or unique id prefix; NotFound, or Invalid if several match."""
+        text = reference.removeprefix("/")
+        found = self._by_id.get(text)
+        if found is not None:
+            return found
+        named = self._names.get(text)
+        if named is not None:
+            return self._by_id[named]
+        matches = [one for key, one in self._by_id.items() if text and key.startswith(text)]
+        if not matches:
+            raise NotFound(f"No such container: {reference}")
+        if len(matches) > 1:
+            raise Invalid(f"Multiple IDs found with provided prefix: {reference}")
+        return matches[0]
+
+    def name_taken(self, name: str) -> str | None:
+        """The id of the workload called so."""
+        return self._names.get(name)
+
+    def check_name(self, name: str) -> None:
+        """Conflict if the name is taken."""
+        owner = self._names.get(name)
+        if owner is not None:
+            raise Conflict(
+                f'Conflict. The container name "/{name}" is already in use by container "{owner}". '
+                "You have to remove (or rename) that container to be able to reuse that name."
+            )
+
+    def add(self, workload: Workload) -> None:
+        """Write a new one; one commit."""
+        record = workload.record
+        self.check_name(record.name)
+        with self._database.transaction(durable=record.durable):
+            self._database.execute(
+                "INSERT INTO workloads VALUES (?,?,?,?)",
+                record.id,
+                record.name,
+                record.status,
+                _encoder.encode(record).decode(),
+            )
+        self._by_id[record.id] = workload
+        self._names[record.name] = record.id
+
+    def save(self, workload: Workload, *, durable: bool | None = None) -> None:
+        """Write its record; one commit, flushed to the disk unless it need not survive that."""
+        record = workload.record
+        if record.id not in self._by_id:
+            return
+        with self._database.transaction(durable=record.durable if durable is None else durable):
+            self._database.execute(
+                "UPDATE workloads SET name=?, status=?, document=? WHERE id=?",
+                record.name,
+                record.status,
+                _encoder.encode(record).decode(),
+                record.id,
+            )
+
+    def rename(self, workload: Workload, name: str) -> None:
+        """Give it another name; Conflict if taken."""
+        self.check_name(name)
+        del self._names[workload.record.name]
+        workload.record.name = name
+        self._names[name] = workload.id
+        self.save(workload)
+
+    def discard(self, workload: Workload) -> None:
+        """Forget it; the last step of its removal."""
+        record = workload.record
+        with self._database.transaction(durable=record.durable):
+            self._database.execute("DELETE FROM workloads WHERE id=?", record.id)
+        self._by_id.pop(record.id, None)
+        if self._names.get(record.name) == record.id:
+            del self._names[record.name]
+
+    def names(self) -> dict[str, str]:
+        """Ids by name; not to be changed."""
+        return self._names

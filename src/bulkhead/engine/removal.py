@@ -1,0 +1,131 @@
+"""Removing workloads, so that a kill at any point leaves what the next engine finishes.
+
+1. the record says `removing`        (an engine that begins goes on with 2)
+2. the process is killed, the run cleaned up
+3. the record is deleted             (from here the directories belong to nobody)
+4. ROOT/workloads/ID and RUN/workloads/ID are deleted; `sweep` finds those of no record
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import shutil
+import signal
+from typing import TYPE_CHECKING
+
+from bulkhead.engine.lifecycle import attributes
+from bulkhead.engine.records import Workload
+from bulkhead.errors import BulkheadError, Conflict
+
+if TYPE_CHECKING:
+    from bulkhead.engine.core import Engine
+
+log = logging.getLogger("bulkhead.engine")
+
+
+def delete_tree(path: str) -> None:
+    """Delete a directory and everything in it, also what a workload made unreadable."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
+class Removal:
+    """Removes workloads."""
+
+    def __init__(self, engine: "Engine") -> None:
+        self._engine = engine
+
+    async def remove(self, workload: Workload, *, force: bool, volumes: bool) -> None:
+        """Remove it; Conflict if it runs and `force` is not given."""
+        record = workload.record
+        if record.removing:
+            if not force:
+                raise Conflict(f"removal of container {record.name} is already in progress")
+            await workload.gone.wait()
+            return
+        if workload.running and not force:
+            state = (
+                "paused and must be unpaused first"
+                if record.status == "paused"
+                else ("running: stop the container before removing or force remove")
+            )
+            raise Conflict(f'cannot remove container "{record.name}": container is {state}')
+        if record.status == "restarting" and not force:
+            raise Conflict(
+                f'cannot remove container "{record.name}": container is restarting: '
+                "stop the container before removing or force remove"
+            )
+        task = self._engine.spawn(self._remove(workload, volumes=volumes))
+        await self._engine.shielded(task)
+
+    async def _remove(self, workload: Workload, *, volumes: bool) -> None:
+        engine, record = self._engine, workload.record
+        record.removing = True
+        record.stopped_by_hand = True
+        engine.workloads.save(workload)
+        engine.lifecycle.abandon_restart(workload)
+        async with workload.lock:
+            if workload.running:
+                await engine.control.signal(workload, signal.SIGKILL)
+                await workload.ended
+            await workload.cleaned.wait()
+            self.forget(workload, volumes=volumes)
+            await self.erase(workload)
+
+    def forget(self, workload: Workload, *, volumes: bool = True) -> None:
+        """Step 3, with the anonymous volumes if asked for; its name is free afterwards."""
+        engine, record = self._engine, workload.record
+        engine.workloads.discard(workload)
+        if volumes:
+            for point in record.mounts:
+                if point.anonymous and point.name in engine.volumes:
+                    engine.discard_volume(point.name, unless_used=True)
+        engine.events.emit("container", "destroy", record.id, attributes(workload))
+
+    async def erase(self, workload: Workload) -> None:
+        """Step 4."""
+        paths = [
+            self._engine.home.workload(workload.id),
+            self._engine.home.workload_run(workload.id),
+        ]
+        try:
+            if all(self._small(path) for path in paths):
+                for path in paths:
+                    delete_tree(path)
+            else:
+                for path in paths:
+                    await self._engine.blocking(functools.partial(delete_tree, path))
+        except OSError as error:
+            log.warning("cannot delete the files of %s: %s", workload.record.name, error)
+        finally:
+            workload.gone.set()
+
+    @staticmethod
+    def _small(path: str) -> bool:
+        """Whether deleting takes less than handing it to a thread: an untouched upper layer."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(f"{path}/upper") as entries:
+            return next(entries, None) is None
+        return True
+
+    async def sweep(self) -> None:
+        """Delete the directories of no record, and finish removals that were begun."""
+        engine = self._engine
+        for parent in (engine.home.in_root("workloads"), engine.home.in_run("workloads")):
+            for name in os.listdir(parent):
+                if engine.workloads.by_id(name) is None:
+                    path = f"{parent}/{name}"
+                    try:
+                        await engine.blocking(functools.partial(delete_tree, path))
+                    except OSError as error:
+                        log.warning("cannot delete %s: %s", path, error)
+        for workload in engine.workloads:
+            if workload.record.removing or (
+                workload.record.host.auto_remove
+                and not workload.running
+                and workload.record.status != "created"
+            ):
+                try:
+                    await self._remove(workload, volumes=workload.record.host.auto_remove)
+                except BulkheadError as error:
+                    log.warning("cannot remove %s: %s", workload.record.name, error)

@@ -1,0 +1,27 @@
+"""`system.df`: bytes on disk, counted once each."""
+
+from typing import TYPE_CHECKING, Any
+
+from bulkhead.engine import describe, stdio
+
+if TYPE_CHECKING:
+    from bulkhead.engine.core import Engine
+
+
+async def usage(engine: "Engine") -> dict[str, Any]:
+    """Docker's SystemDataUsageResponse."""
+    users = engine.image_users()
+    images = await engine.blocking(lambda: engine.images.disk_usage(users))
+    containers = []
+    for workload in sorted(engine.workloads, key=lambda one: -one.record.created_ns):
+        summary = describe.summary(engine, workload, size=False)
+        upper = f"{engine.home.workload(workload.id)}/upper"
+        summary["SizeRw"] = await engine.blocking(lambda path=upper: stdio.writable_bytes(path))  # type: ignore[misc]
+        containers.append(summary)
+    volumes = []
+    for shown in engine.volumes.summaries({}, lambda name: 0):
+        name = shown["Name"]
+        size = await engine.blocking(lambda name=name: engine.volumes.usage(name))  # type: ignore[misc]
+        count = len(engine.volume_users(name))
+        volumes.append({**shown, "UsageData": {"Size": size, "RefCount": count}})
+    return {**images, "Containers": containers, "Volumes": volumes, "BuildCache": []}
