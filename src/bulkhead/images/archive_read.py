@@ -46,8 +46,8 @@ _ALL_JSON = 128 << 20
 """Bytes of JSON kept in memory for one archive."""
 _BLOB = re.compile(r"blobs/sha256/([0-9a-f]{64})\Z")
 _HEAD = 512
-_REF_NAME = "org.opencontainers.image.ref.name"
-_CONTAINERD_NAME = "io.containerd.image.name"
+REF_NAME = "org.opencontainers.image.ref.name"
+CONTAINERD_NAME = "io.containerd.image.name"
 
 
 class DockerImage(msgspec.Struct, rename="pascal"):
@@ -372,7 +372,7 @@ def _names(annotations: dict[str, str]) -> list[Reference]:
 
     A mere tag says nothing about the repository: such an image is loaded without a name.
     """
-    for key in (_CONTAINERD_NAME, _REF_NAME):
+    for key in (CONTAINERD_NAME, REF_NAME):
         text = annotations.get(key, "")
         if "/" in text or ":" in text:
             try:

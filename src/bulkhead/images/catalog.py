@@ -137,6 +137,13 @@ class Catalog:
                 raise Invalid(f"ambiguous image id prefix: {text} ({len(matches)} images match)")
         raise NotFound(f"No such image: {text}")
 
+    def find_or_none(self, text: str, snapshot: Snapshot) -> str | None:
+        """`find`, None for no image; Invalid as there."""
+        try:
+            return self.find(text, snapshot)
+        except NotFound:
+            return None
+
     def entry(self, text: str, snapshot: Snapshot) -> Entry | None:
         """The entry of the reference `text`, or None; Invalid if it is no reference nor an id."""
         try:

@@ -8,23 +8,22 @@ plain tar: those are compressed for the push, in a way that gives the same diges
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from bulkhead.errors import BulkheadError, NotFound
+from bulkhead.errors import NotFound
 from bulkhead.images import assemble
+from bulkhead.images.archive_write import blobs_with_diff_ids, complete_index
 from bulkhead.images.catalog import Catalog, canonical
+from bulkhead.images.fetch import exact
 from bulkhead.images.names import Entry, Snapshot
 from bulkhead.images.origins import Origins
 from bulkhead.images.progress import Meter, Progress, serial, short, status
 from bulkhead.images.pull import in_parallel
 from bulkhead.oci.digest import of as digest_of
 from bulkhead.oci.image import (
-    CONFIGS,
-    INDEXES,
     LARGEST_MANIFEST,
     OCI_LAYER,
     OCI_MANIFEST,
     Descriptor,
     Manifest,
-    blobs_of,
     decode_index,
     encode,
 )
@@ -61,7 +60,7 @@ class Push:
             raise NotFound(f"An image does not exist locally with the tag: {reference.familiar}")
         self.progress({"status": f"The push refers to repository [{reference.name}]"})
         with self.catalog.store.lease():
-            members = self._complete_index(entry)
+            members = complete_index(self.catalog, entry)
             if members is not None:
                 for member in members:
                     self._manifest(member, member.digest)
@@ -84,24 +83,6 @@ class Push:
 
     # --- what to push
 
-    def _complete_index(self, entry: Entry) -> list[Descriptor] | None:
-        """The manifests of the entry's index, None unless it and all it needs can be had."""
-        store = self.catalog.store
-        if not entry.index or not store.has(entry.index):
-            return None
-        index = decode_index(store.read(entry.index, LARGEST_MANIFEST), "", entry.index)
-        for member in index.manifests:
-            if member.media_type in INDEXES or not store.has(member.digest):
-                return None
-            if not all(self._available(blob) for blob in self._blobs(member)):
-                return None
-        return index.manifests
-
-    def _available(self, blob: _Blob) -> bool:
-        return self.catalog.store.has(blob.descriptor.digest) or (
-            bool(blob.diff_id) and self.catalog.store.layer(blob.diff_id) is not None
-        )
-
     def _exact(self, entry: Entry, snapshot: Snapshot) -> Entry:
         """`entry`, or the same image with compressed layers if ours keep them as plain tar."""
         if not self._is_plain(entry.manifest):
@@ -112,6 +93,9 @@ class Push:
         manifest = self.catalog.manifest(entry.manifest.digest)
         layers: list[Descriptor] = []
         for layer in manifest.layers:
+            if layer.media_type != OCI_LAYER:
+                layers.append(layer)
+                continue
             self.progress(status("Preparing", short(layer.digest), progressDetail={}))
             digest, size = self.catalog.store.compress(layer.digest, "gzip")
             layers.append(Descriptor(media_type=OCI_LAYER + "+gzip", digest=digest, size=size))
@@ -121,11 +105,11 @@ class Push:
         return replace(entry, manifest=compressed)
 
     def _is_plain(self, descriptor: Descriptor) -> bool:
-        """Whether the manifest is one that `assemble.put` made."""
+        """Whether `assemble.put` made the manifest, and it has plain tar layers."""
         manifest = self.catalog.manifest(descriptor.digest)
         same = assemble.manifest_of(manifest.config.digest, manifest.config.size, manifest.layers)
-        return bool(manifest.layers) and (
-            all(layer.media_type == OCI_LAYER for layer in manifest.layers)
+        return (
+            any(layer.media_type == OCI_LAYER for layer in manifest.layers)
             and digest_of(encode(same)) == descriptor.digest
         )
 
@@ -141,14 +125,7 @@ class Push:
     def _blobs(self, descriptor: Descriptor) -> list[_Blob]:
         """What the manifest refers to, layers with their diff ids."""
         data = self.catalog.store.read(descriptor.digest, LARGEST_MANIFEST)
-        config, *layers = blobs_of(data, f"manifest {descriptor.digest}")
-        diff_ids: list[str] = []
-        if config.media_type in CONFIGS and self.catalog.store.has(config.digest):
-            diff_ids = self.catalog.config(config.digest).rootfs.diff_ids
-        if len(diff_ids) != len(layers):
-            diff_ids = [""] * len(layers)
-        found = [_Blob(layer, diff_id) for layer, diff_id in zip(layers, diff_ids, strict=True)]
-        return [*found, _Blob(config, "")]
+        return [_Blob(*pair) for pair in blobs_with_diff_ids(self.catalog, data)]
 
     def _manifest(self, descriptor: Descriptor, target: str) -> None:
         """Push a manifest's blobs, then itself under `target`."""
@@ -189,29 +166,12 @@ class Push:
 
     def _bytes(self, blob: _Blob) -> Iterator[bytes]:
         """The blob, fetched again from where it came from if it was evicted."""
-        store = self.catalog.store
-        digest, size = blob.descriptor.digest, blob.descriptor.size
-        try:
-            if blob.diff_id:
-                yield from store.blob_for(digest, blob.diff_id)
-            else:
-                with store.open(digest) as file:
-                    while piece := file.read(1 << 20):
-                        yield piece
-        except NotFound as gone:
-            yield from self._fetched(digest, size, gone)
-
-    def _fetched(self, digest: str, size: int, gone: NotFound) -> Iterator[bytes]:
-        for name in self.origins.of(digest):
-            with Repository(
-                parse(name), config=self.repository.config, cancel=self.repository.cancel
-            ) as origin:
-                pieces = origin.blob(digest, size)
-                try:
-                    first = next(pieces, b"")
-                except BulkheadError:
-                    continue
-                yield first
-                yield from pieces
-                return
-        raise gone
+        return exact(
+            self.catalog.store,
+            self.origins,
+            blob.descriptor.digest,
+            blob.descriptor.size,
+            blob.diff_id,
+            config=self.repository.config,
+            cancel=self.repository.cancel,
+        )

@@ -4,13 +4,15 @@ Progress goes to a callback as Docker's JSON messages ({"status", "id", "progres
 {"stream"}). A callback that raises aborts the operation, which leaves nothing half-named behind.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from bulkhead.errors import NotFound
 from bulkhead.home import Home
-from bulkhead.images import archive_read, describe, filters, removal
+from bulkhead.images import archive_read, archive_write, describe, filters, removal
 from bulkhead.images.catalog import Catalog, Image
+from bulkhead.images.commit import commit, import_root
+from bulkhead.images.fetch import exact
 from bulkhead.images.names import Names
 from bulkhead.images.origins import Origins
 from bulkhead.images.progress import Progress, silent
@@ -192,3 +194,53 @@ class ImageService:
         Returns their familiar names, or ids of those without.
         """
         return archive_read.load(self.catalog, file, progress)
+
+    def save(self, refs: Sequence[str], out: BinaryIO, format_: str = "docker") -> None:
+        """Write an archive of the images `refs` to `out`: "docker" or "oci"."""
+
+        def fetch(digest: str, size: int, diff_id: str) -> Iterator[bytes]:
+            return exact(self.store, self.origins, digest, size, diff_id, config=self._registries)
+
+        archive_write.save(self.catalog, [*refs], out, format_, fetch)
+
+    # --- making
+
+    def commit(
+        self,
+        parent: Image | None,
+        layer_chunks: Iterable[bytes],
+        *,
+        config: Mapping[str, Any] | None = None,
+        changes: Sequence[str] = (),
+        ref: str | None = None,
+        author: str = "",
+        comment: str = "",
+    ) -> Image:
+        """An image of `parent` plus one layer (its tar with whiteouts).
+
+        `config`: the workload's, in Docker's shape (None: the parent's); `changes`: Dockerfile
+        instructions applied to it.
+        """
+        return commit(
+            self.catalog,
+            parent,
+            layer_chunks,
+            config=config,
+            changes=changes,
+            ref=ref,
+            author=author,
+            comment=comment,
+        )
+
+    def import_(
+        self,
+        chunks: Iterable[bytes],
+        ref: str | None = None,
+        changes: Sequence[str] = (),
+        message: str = "",
+        platform: str | None = None,
+    ) -> Image:
+        """An image of one layer from a root file system's tar, compressed or not."""
+        return import_root(
+            self.catalog, chunks, ref=ref, changes=changes, message=message, platform=platform
+        )
