@@ -41,12 +41,22 @@ class Ingested:
 
 
 def even(chunks: Iterable[bytes], size: int = _PIECE) -> Iterator[bytes]:
-    """The same bytes in pieces of `size` (the last may be shorter)."""
+    """The same bytes in pieces of `size` (the last may be shorter).
+
+    An exception of the chunks is passed on after what had come before it.
+    """
     pending: list[bytes] = []
     held = 0
-    for chunk in chunks:
-        if not chunk:
-            continue
+    failure: Exception | None = None
+    iterator = iter(chunks)
+    while True:
+        try:
+            chunk = next(iterator)
+        except StopIteration:
+            break
+        except Exception as error:
+            failure = error
+            break
         if not held and len(chunk) == size:
             yield bytes(chunk)
             continue
@@ -61,6 +71,8 @@ def even(chunks: Iterable[bytes], size: int = _PIECE) -> Iterator[bytes]:
             held -= full
     if held:
         yield b"".join(pending)
+    if failure is not None:
+        raise failure
 
 
 class _Guard:
@@ -209,10 +221,11 @@ class _Source:
         return even(self._counted())
 
 
-def _write_blob(pieces: Channel, sink: BlobWriter | _Sum) -> None:
+def _write_blob(pieces: Channel, sink: BlobWriter | _Sum, source: _Source) -> None:
     for piece in pieces:
         sink.write(piece)
-    sink.finish()
+    if source.error is None:
+        sink.finish()
 
 
 def _inflate(pieces: Channel, compression: str, guard: _Guard, outs: tuple[Channel, ...]) -> None:
@@ -227,11 +240,12 @@ def _inflate(pieces: Channel, compression: str, guard: _Guard, outs: tuple[Chann
 def _stream(
     layer: _Pass,
     replayed: Iterator[bytes],
-    fresh: Iterator[bytes],
+    source: _Source,
     compression: str,
     sink: BlobWriter | _Sum,
 ) -> str:
     """Run the threads; returns the compression, with "auto" resolved."""
+    fresh = iter(source)
     first = next(replayed, b"")
     head, replayed = (first, chain((first,), replayed)) if first else (next(fresh, b""), replayed)
     if not first:
@@ -257,13 +271,18 @@ def _stream(
         crew.start(lambda: _inflate(raw, compression, layer.guard, outs), "inflate")
         if compression:
             blob = crew.channel()
-            crew.start(lambda: _write_blob(blob, sink), "blob")
+            crew.start(lambda: _write_blob(blob, sink, source), "blob")
             feeds.append(blob)
         for piece in replayed:
             raw.put(piece)
-        for piece in fresh:
-            for feed in feeds:
-                feed.put(piece)
+        try:
+            for piece in fresh:
+                for feed in feeds:
+                    feed.put(piece)
+        finally:
+            if source.error is not None:  # what did come is written, for resumption
+                for feed in feeds[1:]:
+                    crew.spare(feed)
         for feed in feeds:
             feed.close()
     return compression
@@ -293,7 +312,7 @@ def run(
         source = _Source(rest, sink.offset, progress)
         replayed = writer.replay(_PIECE) if writer else iter(())
         try:
-            compression = _stream(layer, replayed, iter(source), compression, sink)
+            compression = _stream(layer, replayed, source, compression, sink)
             if diff_id is not None and layer.diff_id != diff_id:
                 raise Corrupt(f"layer {diff_id}: its tar has the digest {layer.diff_id}")
             if not compression and digest is not None and layer.diff_id != digest:

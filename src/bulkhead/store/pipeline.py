@@ -77,12 +77,17 @@ class Crew:
         self._channels.append(channel)
         return channel
 
+    def spare(self, channel: Channel) -> None:
+        """Close `channel` and let its reader finish what is in it, whatever fails now."""
+        self._channels.remove(channel)
+        channel.close()
+
     def fail(self, error: BaseException) -> None:
         """Remember the first real error and stop everyone."""
         with self._lock:
             if self._failure is None and not isinstance(error, Cancelled):
                 self._failure = error
-        for channel in self._channels:
+        for channel in tuple(self._channels):
             channel.cancel()
 
     def start(self, work: Callable[[], None], name: str) -> None:
