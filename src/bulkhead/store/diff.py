@@ -208,6 +208,21 @@ class _Archiver:
             yield from self._one(found)
         yield tar_write.END
 
+    def path(self, directory: int, name: bytes, shown: bytes) -> Iterator[bytes]:
+        """One file of `directory`, with all below it, under the name `shown`."""
+        info = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        top = _Found(shown, name, directory, info)
+        yield from self._one(top)
+        if top.is_directory:
+            below = os.open(name, _DIRECTORY, dir_fd=directory)
+            try:
+                for found in _walk(below):
+                    found.path = shown.rstrip(b"/") + b"/" + found.path
+                    yield from self._one(found)
+            finally:
+                os.close(below)
+        yield tar_write.END
+
     def _one(self, found: _Found) -> Iterator[bytes]:
         info = found.info
         if self._layer and found.is_whiteout:
@@ -262,6 +277,13 @@ def tar_upper(upper: str) -> Iterator[bytes]:
 def tar_tree(directory: str) -> Iterator[bytes]:
     """A whole directory as a tar (`export`), other file systems mounted in it included."""
     yield from _archive(directory, layer=False)
+
+
+def tar_path(directory: int, name: str, shown: str) -> Iterator[bytes]:
+    """File or directory `name` of directory `directory` (a descriptor), not followed, as a tar in
+    which it is called `shown` (`cp` out of a workload). FileNotFoundError.
+    """
+    yield from _Archiver(layer=False).path(directory, os.fsencode(name), os.fsencode(shown))
 
 
 def _archive(directory: str, *, layer: bool) -> Iterator[bytes]:

@@ -154,3 +154,8 @@ def sweep_partial(parent: str, age_s: float) -> int:
         finally:
             os.close(fd)
     return freed
+
+
+def remove_tree_at(directory: int, name: bytes) -> None:
+    """Remove directory `name` of directory `directory` with all below it, following no links."""
+    shutil.rmtree(os.fsdecode(name), dir_fd=directory)
