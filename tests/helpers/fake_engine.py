@@ -1,6 +1,7 @@
 """An engine that answers with what a test tells it: the other end of `rpc.wire`, in a thread."""
 
 import array
+import contextlib
 import os
 import socket
 import threading
@@ -45,10 +46,8 @@ class FakeEngine:
             thread.join()
         self._listener.close()
         for sock in self._sockets:
-            try:
+            with contextlib.suppress(OSError):  # the client was first
                 sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # the client was first
         for thread in self._threads[1:]:
             thread.join()
         for sock in self._sockets:
@@ -107,10 +106,8 @@ class FakeEngine:
         finally:
             for fd in given:
                 os.close(fd)
-        try:
+        with contextlib.suppress(OSError):  # the client left
             sock.sendall(wire.frame(reply))
-        except OSError:
-            pass  # the client left
 
     def _items(self, sock: socket.socket, number: int, items: Iterator[Any]) -> Any:
         while True:

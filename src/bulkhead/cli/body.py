@@ -108,7 +108,7 @@ _HEALTH_TIMES = (
 
 
 def health_test(command: str) -> list[str]:
-    """The Test member for --health-cmd: a shell line, or an engine-side http(s):// or tcp:// probe."""
+    """The Test member for --health-cmd: a shell line, or an http(s):// or tcp:// probe of ours."""
     if command.startswith(("http://", "https://")) and " " not in command:
         return ["HTTP", command]
     if command.startswith("tcp://") and " " not in command:
@@ -140,7 +140,8 @@ def _entrypoint(value: str, body: Body, host: Body) -> None:
 def _volumes(specs: list[str], body: Body, host: Body) -> None:
     from bulkhead.cli.mounts import volume_flag
 
-    binds, anonymous = [], {}
+    binds: list[str] = []
+    anonymous: Body = {}
     for spec in specs:
         bind, target = volume_flag(spec)
         if bind is None:
@@ -214,8 +215,10 @@ def _ulimits(specs: list[str], body: Body, host: Body) -> None:
             raise UsageError(f'invalid argument "{spec}" for "--ulimit" flag: '
                              f"invalid ulimit argument: {spec}") from None  # fmt: skip
         if high != -1 and (low == -1 or low > high):
-            raise UsageError(f'invalid argument "{spec}" for "--ulimit" flag: ulimit soft limit '
-                             f"must be less than or equal to hard limit: {low} > {high}")  # fmt: skip
+            raise UsageError(
+                f'invalid argument "{spec}" for "--ulimit" flag: ulimit soft limit '
+                f"must be less than or equal to hard limit: {low} > {high}"
+            )
         found.append({"Name": name, "Soft": low, "Hard": high})
     host["Ulimits"] = found
 
@@ -274,8 +277,10 @@ def _throttle(flag: str, name: str, *, size: bool) -> Any:
                     raise ValueError
                 number = parse_bytes(rate) if size else int(rate)
             except ValueError:
-                raise UsageError(f'invalid argument "{spec}" for "--{flag}" flag: '
-                                 "the format is <device-path>:<number>[<unit>]") from None  # fmt: skip
+                raise UsageError(
+                    f'invalid argument "{spec}" for "--{flag}" flag: '
+                    "the format is <device-path>:<number>[<unit>]"
+                ) from None
             found.append({"Path": path, "Weight" if "weight" in flag else "Rate": number})
         host[name] = found
 
@@ -369,7 +374,8 @@ def network_flag(spec: str) -> tuple[str, Body]:
     """(name, endpoint settings) of one --network value: `NAME` or `name=NAME,alias=A,ip=…`."""
     if "=" not in spec:
         return spec, {}
-    name, endpoint = "", {}
+    name = ""
+    endpoint: Body = {}
     for part in spec.split(","):
         key, _, value = part.partition("=")
         key = key.strip().lower()

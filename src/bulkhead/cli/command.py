@@ -16,7 +16,8 @@ class Command:
     """One command, e.g. `run` or `network create`.
 
     `arguments` is the usage after the options, `least` and `most` bound the positional arguments
-    (`most` None: no bound). `completes` names what those are: container, image, network, volume, file.
+    (`most` None: no bound). `completes` names what those are: container, image, network, volume
+    or file.
     """
 
     __slots__ = (
@@ -85,7 +86,7 @@ class Command:
 
 
 class Context:
-    """One run of the command line: where the installation is, how to reach it, where output goes."""
+    """One run of the command line: where the installation is and how to reach it."""
 
     def __init__(self, home: Home, environ: Mapping[str, str]) -> None:
         self.home = home

@@ -1,7 +1,7 @@
 """The local end of a copy: where it goes, and tar in and out of the file system.
 
-Members of an archive come from a container and are not trusted: names with `..`, absolute names, and
-anything below a symbolic link that the archive itself made are refused.
+Members of an archive come from a container and are not trusted: names with `..`, absolute names,
+and anything below a symbolic link that the archive itself made are refused.
 """
 
 import os
@@ -106,7 +106,7 @@ def _attributes(path: str, member: tarfile.TarInfo, *, keep_owner: bool) -> None
 
 
 def add_local(stream: IO[bytes], source: str, inner: str) -> None:
-    """Write `source` (a file, or a directory with all below) as a tar of which `inner` is the name."""
+    """Write `source` (a file, or a directory with all below) as a tar where `inner` is its name."""
     with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as archive:
         path = source.rstrip("/") or "/"
         if source.endswith(("/", "/.")) or source == ".":

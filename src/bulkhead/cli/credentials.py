@@ -107,7 +107,7 @@ def find(context: "Context", image: str) -> dict[str, str]:
 
 
 def for_server(context: "Context", server: str) -> dict[str, str]:
-    """Credentials for one registry: {"username", "password"} or {"identitytoken"}, with the address."""
+    """Credentials for one registry: {"username", "password"} or {"identitytoken"}, + address."""
     config = load(context)
     key = key_of(server)
     helper = helper_for(config, key)

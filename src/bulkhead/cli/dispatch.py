@@ -60,7 +60,7 @@ def find(argv: Sequence[str]) -> tuple[str, tuple[str, ...], int]:
 
 
 def make_context(parsed: Parsed, environ: Mapping[str, str]) -> Context:
-    """The Context that the global options describe; UsageError for a host that is no Unix socket."""
+    """The Context that the global options describe; UsageError for a host that is no socket."""
     root, run = parsed["root"] or environ.get("BULKHEAD_ROOT"), parsed["run-root"]
     host = parsed["host"]
     if host:

@@ -17,7 +17,7 @@ def read_text(path: str, what: str) -> str:
 
 
 def key_value_lines(path: str, environ: Mapping[str, str]) -> list[str]:
-    """KEY=VALUE lines of an env or label file: comments and blanks dropped; a bare KEY looked up."""
+    """KEY=VALUE lines of an env or label file; comments dropped; a bare KEY is looked up."""
     found = []
     for number, line in enumerate(read_text(path, "environment or label file").splitlines(), 1):
         line = line.lstrip("\ufeff").lstrip()

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 def entry() -> None:
     """Run `sys.argv` and exit; never returns.
 
-    The way there is, in this order: the native client (exec), the command server (one message), this
-    process itself.
+    The way there is, in this order: the native client (exec), the command server (one message),
+    this process itself.
     """
     from bulkhead.cli.pyclient import hand_over
 

@@ -5,37 +5,11 @@ from typing import Any
 
 from bulkhead.cli.options import UsageError, parse_bytes
 
-_MODES = frozenset(
-    [
-        "ro",
-        "rw",
-        "z",
-        "Z",
-        "nocopy",
-        "copy",
-        "cached",
-        "delegated",
-        "consistent",
-        "shared",
-        "rshared",
-        "slave",
-        "rslave",
-        "private",
-        "rprivate",
-        "noexec",
-        "exec",
-        "nodev",
-        "dev",
-        "nosuid",
-        "suid",
-        "U",
-        "idmap",
-        "bind",
-        "rbind",
-        "ro-non-recursive",
-        "rro",
-    ]
-)
+_MODES = frozenset((
+    "ro", "rw", "z", "Z", "nocopy", "copy", "cached", "delegated", "consistent", "shared",
+    "rshared", "slave", "rslave", "private", "rprivate", "noexec", "exec", "nodev", "dev",
+    "nosuid", "suid", "U", "idmap", "bind", "rbind", "ro-non-recursive", "rro",
+))  # fmt: skip
 
 
 def volume_flag(spec: str) -> tuple[str | None, str]:
@@ -114,8 +88,9 @@ def _recursive(mount: dict[str, Any], value: str) -> None:
                "readonly": "ReadOnlyForceRecursive"}  # fmt: skip
     if value not in choices:
         raise ValueError(f"invalid value for bind-recursive: {value}")
-    if choices[value]:
-        _options(mount, "BindOptions")[choices[value]] = True
+    member = choices[value]
+    if member:
+        _options(mount, "BindOptions")[member] = True
 
 
 def _subpath(mount: dict[str, Any], value: str) -> None:
@@ -139,14 +114,15 @@ _KEYS: dict[str, Any] = {
     "bind-create-src": _set("BindOptions", "CreateMountpoint", _flag),
     "volume-nocopy": _set("VolumeOptions", "NoCopy", _flag),
     "volume-subpath": _subpath, "image-subpath": _subpath,
-    "volume-label": _volume_label, "volume-driver": _driver("Name"), "volume-opt": _driver("Options"),
+    "volume-label": _volume_label, "volume-driver": _driver("Name"),
+    "volume-opt": _driver("Options"),
     "tmpfs-size": _set("TmpfsOptions", "SizeBytes", parse_bytes),
     "tmpfs-mode": _set("TmpfsOptions", "Mode", lambda text: int(text, 8)),
 }  # fmt: skip
 
 
 def mount_flag(spec: str) -> dict[str, Any]:
-    """docker's Mount of one --mount value (comma-separated, CSV quoting); UsageError in its words."""
+    """docker's Mount of one --mount value (CSV); UsageError in its words."""
     import csv
 
     mount: dict[str, Any] = {"Type": "volume"}
@@ -159,8 +135,8 @@ def mount_flag(spec: str) -> dict[str, Any]:
             key, equals, value = field.partition("=")
             put = _KEYS.get(key.strip().lower())
             if put is None:
-                raise ValueError(f"unknown option '{key}' in '{field}'" if equals
-                                 else f"invalid field '{field}' must be a key=value pair")  # fmt: skip
+                reason = "unknown option" if equals else "not a key=value pair"
+                raise ValueError(f"{reason}: '{field}'")
             put(mount, value)
         mount["Type"] = mount["Type"].lower()
         if mount["Type"] not in ("bind", "volume", "tmpfs", "image"):

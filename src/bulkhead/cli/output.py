@@ -86,7 +86,7 @@ class Listing:
 
 
 class _Headers(dict[str, Any]):
-    """The header row: a field's column title; unknown ones in capitals; functions leave it alone."""
+    """The header row: a field's column title; unknown ones in capitals."""
 
     lenient = True
 

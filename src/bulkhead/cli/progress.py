@@ -1,8 +1,8 @@
 """Progress messages of pull, push, load and bootstrap: bars on a terminal, plain lines in a pipe.
 
 Messages are docker's JSON ones: {"status", "id", "progressDetail": {"current", "total"}, "stream",
-"error"}. On a terminal each id keeps its line; in a pipe a line is printed when a status changes and
-numbers are left out.
+"error"}. On a terminal each id keeps its line; in a pipe a line is printed when a status changes,
+without numbers.
 """
 
 import time

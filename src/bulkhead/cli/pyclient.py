@@ -52,7 +52,7 @@ def hand_over(argv: list[str]) -> "int | None":
         return None
     if "BULKHEAD_CLIENT" not in environ:
         client = f"{_package()}/_native/bulkhead-client"
-        try:
+        try:  # noqa: SIM105 - contextlib would cost 2 ms of import
             os.execve(
                 client,
                 argv,
@@ -84,7 +84,10 @@ def _connect(path: str) -> "object | None":
 
 def request(argv: list[str], environ: "dict[bytes, bytes]", umask: int) -> bytes:
     """The first message: header, then NUL-terminated identity, arguments and environment."""
-    parts = [f"{_package()}/_native/bulkhead-client".encode(), *(os.fsencode(word) for word in argv)]
+    parts = [
+        f"{_package()}/_native/bulkhead-client".encode(),
+        *(os.fsencode(word) for word in argv),
+    ]
     variables = [key + b"=" + value for key, value in environ.items()]
     body = b"".join(part + b"\0" for part in (*parts, *variables))
     numbers = (MAGIC, PROTOCOL, len(body), len(argv), len(variables), umask)
@@ -115,7 +118,7 @@ def _ask_server(argv: list[str]) -> int | None:
 
 def _follow(sock: "object") -> int | None:
     """Forward signals and wait for the exit code; None if the worker refused the command."""
-    import _signal as signal  # the wrapper module imports enum
+    signal = __import__("_signal")  # the wrapper module imports enum
 
     taken = False
     last = 0
@@ -123,7 +126,7 @@ def _follow(sock: "object") -> int | None:
     def forward(number: int, frame: object) -> None:
         nonlocal last
         last = number
-        try:
+        try:  # noqa: SIM105 - as above
             sock.send(bytes((number,)))  # type: ignore[attr-defined]
         except OSError:
             pass  # it ended in this moment; the end is read below

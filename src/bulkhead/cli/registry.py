@@ -82,7 +82,8 @@ ALIASES: dict[str, str] = {
         )
     },
     **{
-        f"image {word}": word for word in ("history", "import", "load", "pull", "push", "save", "tag")
+        f"image {word}": word
+        for word in ("history", "import", "load", "pull", "push", "save", "tag")
     },
     "container ls": "ps",
     "container list": "ps",

@@ -1,9 +1,9 @@
 """The command server: one per user and run directory, so that no command pays for an interpreter.
 
 It forks *workers* in advance: everything is imported and rehearsed, a connection to the engine is
-open, and each waits in accept(2) on the one socket. A client's connection is a command. A worker that
-ends a short command cleanly waits for the next; after a failure, a long command or MAX_COMMANDS it
-exits and another is forked.
+open, and each waits in accept(2) on the one socket. A client's connection is a command. A worker
+that ends a short command cleanly waits for the next; after a failure, a long command or
+MAX_COMMANDS it exits and another is forked.
 
     <run>/command.sock   stream socket, 0600; peers of another user are refused (SO_PEERCRED)
     <run>/command.lock   flock(2)ed by the server
@@ -260,7 +260,9 @@ class Server:
     def serve(self) -> None:
         """Until idle for IDLE_S, told to stop, or the program's files change."""
         with contextlib.ExitStack() as stack:
-            lock = os.open(f"{self._run}/command.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = os.open(
+                f"{self._run}/command.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+            )
             stack.callback(os.close, lock)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

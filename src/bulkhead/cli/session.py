@@ -21,28 +21,19 @@ if TYPE_CHECKING:
     from bulkhead.cli.command import Context
     from bulkhead.client.connection import Connection
 
-_CONTROL = {"@": 0, "[": 27, "\\": 28, "]": 29, "^": 30, "_": 31}
 
+def detach_keys(text: str) -> str:
+    """`text` if it is docker's spelling: letters, or `ctrl-` and one of a–z @ [ \\ ] ^ _.
 
-def detach_keys(text: str) -> bytes:
-    """Bytes of docker's spelling: letters, or `ctrl-` and one of a–z @ [ \\ ] ^ _, by commas."""
-    if not text:
-        return b"\x10\x11"
-    found = bytearray()
+    UsageError otherwise, before anything is started.
+    """
     for key in text.split(","):
-        if len(key) == 1 and key.isascii():
-            found.append(ord(key))
-        elif key.lower().startswith("ctrl-") and len(key) == 6:
-            letter = key[5].lower()
-            if letter.isascii() and letter.isalpha():
-                found.append(ord(letter) - ord("a") + 1)
-            elif letter in _CONTROL:
-                found.append(_CONTROL[letter])
-            else:
-                raise UsageError(f"invalid detach keys: unknown character: '{key}'")
-        else:
+        letter = key[5:].lower() if key.lower().startswith("ctrl-") else ""
+        plain = len(key) == 1 and key.isascii()
+        control = len(letter) == 1 and ("a" <= letter <= "z" or letter in "@[\\]^_")
+        if not plain and not control:
             raise UsageError(f"invalid detach keys ({text}): unknown character: '{key}'")
-    return bytes(found)
+    return text
 
 
 def require_terminal(tty: bool, stdin: bool) -> None:

@@ -8,22 +8,16 @@ import os
 import signal
 from collections.abc import Sequence
 
-FORWARDED: tuple[int, ...] = tuple(
-    number
-    for name in [
-        "SIGHUP",
-        "SIGINT",
-        "SIGQUIT",
-        "SIGUSR1",
-        "SIGUSR2",
-        "SIGALRM",
-        "SIGTERM",
-        "SIGCONT",
-        "SIGTSTP",
-        "SIGWINCH",
-        "SIGIO",
-    ]
-    if (number := getattr(signal, name, 0)) and name not in ("SIGIO", "SIGTSTP")
+FORWARDED: tuple[int, ...] = (
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGALRM,
+    signal.SIGTERM,
+    signal.SIGCONT,
+    signal.SIGWINCH,
 )
 
 

@@ -1,8 +1,8 @@
 """Go's text/template, as much of it as `--format` needs.
 
-Actions: fields and chains (`.A.B`), variables (`$x := …`), pipelines, parentheses, literals, if/else
-if/else/end, range with else and `$i, $e :=`, with, comments, `{{-` and `-}}`. Functions: those of
-Go (and or not len index slice print printf println eq ne lt le gt ge html js urlquery call) and
+Actions: fields and chains (`.A.B`), variables (`$x := …`), pipelines, parentheses, literals,
+if/else if/else/end, range with else and `$i, $e :=`, with, comments, `{{-` and `-}}`. Functions:
+those of Go (and or not len index slice print printf println eq ne lt le gt ge html js urlquery) and
 docker's (json lower upper title split join truncate pad trim). Data are JSON values.
 """
 

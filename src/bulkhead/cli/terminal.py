@@ -1,7 +1,7 @@
 """The caller's terminal: raw while attached, and as it was afterwards, whatever ends us.
 
-`raw()` forks a guard that does nothing but wait; when this process dies without restoring (SIGKILL),
-the guard restores. See termios(3), tty_ioctl(4).
+`raw()` forks a guard that does nothing but wait; when this process dies without restoring
+(SIGKILL), the guard restores. See termios(3), tty_ioctl(4).
 """
 
 import contextlib

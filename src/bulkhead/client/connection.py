@@ -1,7 +1,7 @@
 """One connection to the engine: frames of `rpc.wire` over a blocking Unix socket.
 
-A `Connection` belongs to one thread at a time. Many requests may be under way on it (`send` several,
-then `receive`); `call` and `stream` are the simple forms for one.
+A `Connection` belongs to one thread at a time. Many requests may be under way on it (`send`
+several, then `receive`); `call` and `stream` are the simple forms for one.
 """
 
 import array
@@ -167,7 +167,7 @@ class Connection:
     def call_many(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Any | Exception]:
         """Send all, then collect: results in the order of `requests`, errors as exceptions."""
         places = {self.send(method, params): at for at, (method, params) in enumerate(requests)}
-        answers: list[Any | Exception] = [None] * len(places)
+        answers: list[Any] = [None] * len(places)
         while places:
             message = self.receive()
             if not message.done or message.id not in places:

@@ -10,7 +10,7 @@ DELETE = 0x00000200
 
 
 def create() -> int:
-    """A new non-blocking, close-on-exec descriptor, owned by the caller; OSError(EMFILE) at the limit."""
+    """A new non-blocking, close-on-exec descriptor; OSError(EMFILE) at the user's limit."""
     return syscall.call("inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC)
 
 

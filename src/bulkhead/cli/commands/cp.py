@@ -12,7 +12,7 @@ from bulkhead.errors import Invalid, NotFound
 
 
 def split(argument: str) -> tuple[str, str]:
-    """(container, path) of CONTAINER:PATH; ("", path) of a local path, as docker tells them apart."""
+    """(container, path) of CONTAINER:PATH; ("", path) of a local path, by docker's rules."""
     if os.path.isabs(argument):
         return "", argument
     name, colon, path = argument.partition(":")

@@ -5,7 +5,8 @@ from typing import Any
 from bulkhead.cli import units
 from bulkhead.cli.command import Command, Context
 from bulkhead.cli.options import FORMAT_LONG, JSON, Option, Parsed
-from bulkhead.cli.output import Listing, Row, table, to_json
+from bulkhead.cli.output import Listing, Row, table
+from bulkhead.cli.template import to_json
 
 LISTING = Listing(
     {

@@ -139,7 +139,7 @@ def history(context: Context, parsed: Parsed) -> None:
     full, human = parsed["no-trunc"], parsed["human"]
     table = [
         {
-            "ID": entry["Id"] if full or entry["Id"].startswith("<") else units.short_id(entry["Id"]),
+            "ID": entry["Id"] if full or entry["Id"][0] == "<" else units.short_id(entry["Id"]),
             "CreatedSince": units.ago(entry["Created"]) if human
             else units.local_time(entry["Created"]),
             "CreatedAt": units.local_time(entry["Created"]),

@@ -38,7 +38,7 @@ def inspect_objects(context: Context, parsed: Parsed, kinds: Sequence[str]) -> i
     """Print every named object; 1 if one is missing, the others printed all the same."""
     found, code = [], 0
     wanted = "json" if context.json or parsed["json"] else parsed["format"]
-    size = bool(parsed.get("size"))
+    size = bool(parsed.values.get("size"))
     for name in parsed.args:
         try:
             found.append(find(context, name, kinds, size=size))

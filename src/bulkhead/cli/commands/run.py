@@ -88,10 +88,8 @@ def _create(context: Context, parsed: Parsed, params: dict[str, Any]) -> str:
     except NotFound as error:
         _ensure_image(context, parsed, error)
         made = context.call("workload.create", params)
-    for warning in made.get("Warnings") or ():
-        context.err(f"WARNING: {warning}")
+    _created(context, parsed, made)
     identity: str = made["Id"]
-    _write_cidfile(parsed, identity)
     return identity
 
 
@@ -100,8 +98,8 @@ def _streams(parsed: Parsed) -> tuple[bool, bool, bool]:
     chosen = [name.lower() for name in parsed["attach"]]
     for name in chosen:
         if name not in ("stdin", "stdout", "stderr"):
-            raise UsageError(f'invalid argument "{name}" for "-a, --attach" flag: valid streams are '
-                             "STDIN, STDOUT and STDERR")  # fmt: skip
+            raise UsageError(f'invalid argument "{name}" for "-a, --attach" flag: valid streams '
+                             "are STDIN, STDOUT and STDERR")  # fmt: skip
     if chosen:
         return "stdin" in chosen, "stdout" in chosen, "stderr" in chosen
     return bool(parsed["interactive"]), True, True
@@ -149,9 +147,7 @@ def _attached(context: Context, parsed: Parsed, params: dict[str, Any], fds: lis
 
     def item(value: Any) -> None:
         if "Id" in value:
-            for warning in value.get("Warnings") or ():
-                context.err(f"WARNING: {warning}")
-            _write_cidfile(parsed, value["Id"])
+            _created(context, parsed, value)
 
     session.on_item = item
     try:
@@ -182,7 +178,7 @@ def finish(context: Context, result: dict[str, Any]) -> int:
 
 
 def wait_again(context: Context, identity: str, error: BulkheadError) -> dict[str, Any]:
-    """The engine went away while the workload ran: it and its output live on; wait at a new engine."""
+    """The engine went away while the workload ran on, output included: wait at a new engine."""
     context.close()
     try:
         result: dict[str, Any] = context.call(
@@ -196,19 +192,30 @@ def wait_again(context: Context, identity: str, error: BulkheadError) -> dict[st
 def _detached(context: Context, parsed: Parsed, params: dict[str, Any]) -> int:
     if parsed["attach"]:
         raise UsageError("conflicting options: cannot specify both --attach and --detach")
-    identity = _create(context, parsed, params)
+    params["detach"] = True
+    _ensure_image(context, parsed)
     try:
-        context.call("workload.start", {"id": identity})
-    except BulkheadError:
-        if parsed["rm"]:
-            # docker leaves nothing of a --rm container that could not start
-            try:
-                context.call("workload.remove", {"id": identity, "force": True, "volumes": True})
-            except NotFound:
-                pass
-        raise
+        identity = _start_detached(context, parsed, params)
+    except NotFound as error:
+        _ensure_image(context, parsed, error)
+        identity = _start_detached(context, parsed, params)
     context.out(identity)
     return 0
+
+
+def _start_detached(context: Context, parsed: Parsed, params: dict[str, Any]) -> str:
+    identity = ""
+    for item in context.stream("workload.run", params):
+        if "Id" in item:
+            identity = item["Id"]
+            _created(context, parsed, item)
+    return identity
+
+
+def _created(context: Context, parsed: Parsed, item: dict[str, Any]) -> None:
+    for warning in item.get("Warnings") or ():
+        context.err(f"WARNING: {warning}")
+    _write_cidfile(parsed, item["Id"])
 
 
 _EXAMPLES = (

@@ -48,8 +48,7 @@ def version_command(context: Context, parsed: Parsed) -> int:
         context.out(f" OS/Arch:           {client['Os']}/{client['Arch']}")
         if server is not None:
             context.out("\nServer: bulkhead engine")
-            for key, title in (("Version", "Version"), ("ApiVersion", "API version"),
-                               ("KernelVersion", "Kernel version"), ("BuildTime", "Built")):  # fmt: skip
+            for key, title in _SERVER:
                 if server.get(key):
                     context.out(f" {title + ':':<18} {server[key]}")
             if server.get("Os"):
@@ -60,16 +59,23 @@ def version_command(context: Context, parsed: Parsed) -> int:
     return 0
 
 
+_SERVER = (
+    ("Version", "Version"),
+    ("ApiVersion", "API version"),
+    ("KernelVersion", "Kernel version"),
+    ("BuildTime", "Built"),
+)
+
 _INFO = (
-    ("Containers", "Containers"), ("ContainersRunning", " Running"), ("ContainersPaused", " Paused"),
-    ("ContainersStopped", " Stopped"), ("Images", "Images"), ("ServerVersion", "Server Version"),
-    ("Driver", "Storage Driver"), ("LoggingDriver", "Logging Driver"),
-    ("CgroupDriver", "Cgroup Driver"), ("CgroupVersion", "Cgroup Version"),
-    ("DefaultRuntime", "Default Runtime"), ("InitBinary", "Init Binary"),
-    ("KernelVersion", "Kernel Version"), ("OperatingSystem", "Operating System"),
-    ("OSType", "OSType"), ("Architecture", "Architecture"), ("NCPU", "CPUs"),
-    ("MemTotal", "Total Memory"), ("Name", "Name"), ("ID", "ID"),
-    ("DockerRootDir", "Root Dir"), ("RunDir", "Run Dir"),
+    ("Containers", "Containers"), ("ContainersRunning", " Running"),
+    ("ContainersPaused", " Paused"), ("ContainersStopped", " Stopped"), ("Images", "Images"),
+    ("ServerVersion", "Server Version"), ("Driver", "Storage Driver"),
+    ("LoggingDriver", "Logging Driver"), ("CgroupDriver", "Cgroup Driver"),
+    ("CgroupVersion", "Cgroup Version"), ("DefaultRuntime", "Default Runtime"),
+    ("InitBinary", "Init Binary"), ("KernelVersion", "Kernel Version"),
+    ("OperatingSystem", "Operating System"), ("OSType", "OSType"),
+    ("Architecture", "Architecture"), ("NCPU", "CPUs"), ("MemTotal", "Total Memory"),
+    ("Name", "Name"), ("ID", "ID"), ("DockerRootDir", "Root Dir"), ("RunDir", "Run Dir"),
 )  # fmt: skip
 
 
