@@ -30,7 +30,7 @@ from bulkhead.errors import (
 )
 from bulkhead.home import Home
 from bulkhead.keeper.launching import MESSAGE, decode_reply, encode_request
-from bulkhead.linux import pidfd
+from bulkhead.linux import pidfd, unwritable
 from bulkhead.linux.fds import OwnedFd
 
 HELLO, LAUNCH, SIGNAL, FORGET, ENTRIES, SUPERVISE, DISMISS, SHUTDOWN, CLOSE_KEPT = range(1, 10)
@@ -159,12 +159,14 @@ def _spawn(home: Home, native: str | None, idle_s: int) -> int:
         log = os.open(home.in_run("holder.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         undo.callback(os.close, log)
         # Sources are moved out of the way first: dup2 onto 0..3 must not hit one of them.
-        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (null, log, listener.fileno())]
+        program = undo.enter_context(unwritable.open_program(path))
+        given = (null, log, listener.fileno(), program.fileno())
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in given]
         for fd in high:
             undo.callback(os.close, fd)
         targets = ((high[0], 0), (high[1], 1), (high[1], 2), (high[2], 3))
         return os.posix_spawn(
-            path,
+            f"/proc/self/fd/{high[3]}",
             [path, home.in_run("holder.sock"), str(idle_s)],
             {"PATH": os.environ.get("PATH", os.defpath)},
             file_actions=[(os.POSIX_SPAWN_DUP2, source, target) for source, target in targets],

@@ -73,7 +73,7 @@ class Tree:
             flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
             self.program.call(step, "move_mount", mount, "", self.root, "", flags)
         elif directory and "/" not in name:
-            # One component, not followed: it is a directory of the root itself or an error.
+            # One component, not followed: a directory of the root itself, or (a link, EINVAL) not.
             moved = self.program.call(
                 step,
                 "move_mount",
@@ -82,7 +82,7 @@ class Tree:
                 self.root,
                 name,
                 MOVE_MOUNT_F_EMPTY_PATH,
-                ok=(errno.ENOENT, errno.ENOTDIR),
+                ok=(errno.ENOENT, errno.ENOTDIR, errno.EINVAL),
             )
             with self.program.when(moved, failed=True):
                 self._attach_resolved(step, mount, path, directory=True)
