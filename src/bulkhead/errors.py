@@ -119,4 +119,4 @@ CATEGORIES: dict[str, type[BulkheadError]] = {
 def rebuild(category: str, message: str, details: dict[str, object]) -> BulkheadError:
     """The error that crossed the wire as (`category`, `message`, `details`); unknown: Internal."""
     kind = CATEGORIES.get(category, Internal)
-    return kind(message, **details)  # type: ignore[arg-type]
+    return kind(message, **details)
