@@ -1,6 +1,8 @@
 /* The holder: one static process per engine, parent of every workload process and of the helpers.
  *
- *   bulkhead-holder SOCKET_PATH [IDLE_SECONDS]      descriptor 3: the listening SEQPACKET socket
+ *   bulkhead-holder SOCKET_PATH [IDLE_SECONDS]
+ *
+ * Descriptor 0 is /dev/null, 1 and 2 its log, 3 the listening SEQPACKET socket.
  *
  * It launches (launch.c), reaps, writes exit records, keeps second copies of pipes and terminals,
  * and starts helpers again when they end. It decides nothing else. One thread, one epoll; it waits
@@ -429,7 +431,7 @@ static void close_others(int *keep, int count)
             keep[k] = keep[k - 1];
             keep[k - 1] = other;
         }
-    unsigned from = 0;
+    unsigned from = 3;
     for (int i = 0; i < count; i++) {
         if ((unsigned)keep[i] > from)
             syscall(SYS_close_range, from, (unsigned)keep[i] - 1, 0);
@@ -451,6 +453,9 @@ static _Noreturn void child(char *program, const int *fds, int count, int channe
     memcpy(keep, fds, sizeof(int) * (size_t)count);
     keep[count] = channel;
     close_others(keep, count + 1);
+    /* 0, 1, 2 are taken, so that nothing a program opens is overwritten when it sets up stdio. */
+    dup2(0, 1);
+    dup2(0, 2);
     become_child();
     char go;
     if (wait_for_maps && recv(channel, &go, 1, 0) != 1)

@@ -171,7 +171,7 @@ def _next_younger(path: str, inode: int) -> int | None:
         if found == inode:
             return _open(previous) if previous else None
         previous = name
-    return _open(previous) if previous else None  # ours was deleted: the oldest there is
+    return _open(previous) if previous else None  # ours was deleted or is none: the oldest
 
 
 async def read(
@@ -222,7 +222,7 @@ async def _follow(
     while True:
         stopping = stop.is_set()  # before reading: what was written until then is given
         while True:
-            younger = _next_younger(path, os.fstat(current.fd).st_ino) if current else _open(path)
+            younger = _next_younger(path, os.fstat(current.fd).st_ino if current else 0)
             # Looked for before reading on: when there is a younger one, ours gets no more lines.
             if current is not None:
                 for line in current.read():

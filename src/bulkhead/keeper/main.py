@@ -197,7 +197,12 @@ class Client:
     def _event(self, events: int) -> None:
         if events & WRITE:
             self._flush()
-        while self._sock is not None and events & ~WRITE:
+        if events & ~WRITE:
+            self.hear()
+
+    def hear(self) -> None:
+        """Take every message that is there."""
+        while self._sock is not None:
             packet = _receive(self._sock)
             if packet is None:
                 return
@@ -360,6 +365,8 @@ class Keeper:
 
     def adopt(self, identity: bytes, meta: bytes, fds: dict[int, int]) -> None:
         """A new entry, or one of before that this keeper may know already."""
+        if not self._takeover:
+            self._hear_clients()
         if identity in self.workloads:
             old = self.workloads[identity]
             if not old.finished and not old.lost_holder:
@@ -391,6 +398,12 @@ class Keeper:
             client.adopted(workload)
         self.note_attached()
         workload.begin()
+
+    def _hear_clients(self) -> None:
+        """Take what clients have sent: whoever attached before the launch misses nothing."""
+        self._accept()
+        for client in list(self._clients):
+            client.hear()
 
     def exited(self, identity: bytes) -> None:
         """A process has ended."""
@@ -459,13 +472,14 @@ class Keeper:
 
     def _accept(self) -> None:
         assert self._listener is not None
-        try:
-            fd, _ = self._listener._accept()  # type: ignore[attr-defined]
-        except OSError:
-            return
-        sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fileno=fd)
-        self._clients = [c for c in self._clients if not c.closed]
-        self._clients.append(Client(self, sock))
+        while True:
+            try:
+                fd, _ = self._listener._accept()  # type: ignore[attr-defined]
+            except OSError:
+                return
+            sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fileno=fd)
+            self._clients = [c for c in self._clients if not c.closed]
+            self._clients.append(Client(self, sock))
 
     def note_attached(self) -> None:
         """Tell the journal who is attached, so that the next keeper waits for them."""

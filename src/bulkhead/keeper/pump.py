@@ -469,7 +469,7 @@ class Workload:
         if not data:
             self._input_ended(attachment)
             return
-        if attachment.keys:
+        if attachment.keys and self.terminal:  # other input may hold any bytes
             data, detached = filter_keys(attachment, data)
             if detached:
                 self._input += data
