@@ -5,7 +5,7 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 from bulkhead.boundary.seam import Pausable, Updatable
-from bulkhead.engine import body, names, options, signals, specgen_limits
+from bulkhead.engine import body, merge, names, options, signals, specgen_limits
 from bulkhead.engine.launching import Start
 from bulkhead.engine.lifecycle import attributes
 from bulkhead.engine.records import Workload
@@ -190,8 +190,9 @@ class Control:
                 await self._apply(workload, merged)
             if wanted.port_bindings is not None:
                 merged.port_bindings = wanted.port_bindings
+                merge.complete_ports(merged)
                 if workload.running:
-                    self._engine.networks.publish(record.id, wanted.port_bindings)
+                    self._engine.networks.publish(record.id, self._engine.attach_ports(merged))
                     workload.settings = self._engine.networks.settings(record.id)
             record.host = merged
             self._engine.workloads.save(workload)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from bulkhead.boundary import registry
 from bulkhead.boundary.seam import Boundary, Rootfs
-from bulkhead.engine import names, recovery, users
+from bulkhead.engine import body, names, recovery, users
 from bulkhead.engine.control import Control
 from bulkhead.engine.events import Events
 from bulkhead.engine.execs import Execs
@@ -191,12 +191,7 @@ class Engine:
             name=record.name,
             mode=host.network_mode,
             endpoints=endpoints,
-            ports={
-                port: tuple(
-                    {"HostIp": one.host_ip, "HostPort": one.host_port} for one in bindings or ()
-                )
-                for port, bindings in (host.port_bindings or {}).items()
-            },
+            ports=self.attach_ports(host),
             exposed=tuple(config.exposed_ports or ()),
             publish_all=host.publish_all_ports,
             hostname=config.hostname,
@@ -207,6 +202,16 @@ class Engine:
             extra_hosts=tuple(host.extra_hosts or ()),
             mac=config.mac_address or "",
         )
+
+    @staticmethod
+    def attach_ports(host: body.HostConfig) -> dict[str, tuple[dict[str, str], ...]]:
+        """Published ports as the network takes them."""
+        return {
+            port: tuple(
+                {"HostIp": one.host_ip, "HostPort": one.host_port} for one in bindings or ()
+            )
+            for port, bindings in (host.port_bindings or {}).items()
+        }
 
     def network_exists(self, reference: str) -> bool:
         """Whether a network is called so."""

@@ -21,17 +21,29 @@ def create(
     Errors are Docker's: Invalid for a mistake in the request, NotFound for an unknown image,
     network or workload it refers to, Conflict for a taken name.
     """
-    kind = _boundary(boundary, request)
-    warnings = options.validate(request)
-    image = _image(engine, request.image)
-    record = _record(engine, request, image, kind)
-    record.name = _name(engine, name)
+    record, warnings = _checked(engine, name, request, boundary)
     with contextlib.ExitStack() as undo:
         _volumes(engine, record, request, undo)
         workload = Workload(record)
         engine.workloads.add(workload)
         undo.pop_all()
     return workload, warnings
+
+
+def draft(engine: Engine, name: str, request: body.CreateBody, boundary: str) -> Record:
+    """The record that `create` would write; nothing is written or made."""
+    return _checked(engine, name, request, boundary)[0]
+
+
+def _checked(
+    engine: Engine, name: str, request: body.CreateBody, boundary: str
+) -> tuple[Record, list[str]]:
+    kind = _boundary(boundary, request)
+    warnings = options.validate(request)
+    image = _image(engine, request.image)
+    record = _record(engine, request, image, kind)
+    record.name = _name(engine, name)
+    return record, warnings
 
 
 def _boundary(boundary: str, request: body.CreateBody) -> str:

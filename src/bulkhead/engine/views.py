@@ -49,11 +49,14 @@ def _in_private_namespace(action: Callable[[], _T]) -> Callable[[], _T]:
     return run
 
 
-async def in_thread(action: Callable[[], _T]) -> _T:
-    """Run `action` in a thread of its own with a mount namespace of its own."""
+async def in_thread(action: Callable[[], _T], *, private: bool = True) -> _T:
+    """Run `action` in a thread of its own, `private`: with a mount namespace of its own.
+
+    For what may wait for a client: it must not occupy the engine's pool.
+    """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_T] = loop.create_future()
-    work = _in_private_namespace(action)
+    work = _in_private_namespace(action) if private else action
 
     def settle(result: _T | None, error: BaseException | None) -> None:
         if future.cancelled():
@@ -71,14 +74,11 @@ async def in_thread(action: Callable[[], _T]) -> _T:
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(settle, *outcome)
 
-    thread = threading.Thread(target=run, name="view", daemon=True)
-    thread.start()
+    threading.Thread(target=run, name="view", daemon=True).start()
     return await future
 
 
-async def with_root(
-    engine: "Engine", workload: Workload, action: Callable[[int], _T], *, write: bool = False
-) -> _T:
+async def with_root(engine: "Engine", workload: Workload, action: Callable[[int], _T]) -> _T:
     """`action` with a descriptor of the workload's root, as its processes see it.
 
     A running one's is reached through /proc/PID/root. One that does not run gets its layers and
@@ -89,7 +89,7 @@ async def with_root(
             os.open(f"/proc/{workload.record.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         )
         try:
-            return await engine.blocking(lambda: action(int(root)))
+            return await in_thread(lambda: action(int(root)), private=False)
         finally:
             root.close()
     async with workload.lock:

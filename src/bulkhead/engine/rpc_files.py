@@ -1,0 +1,209 @@
+"""RPC: a workload's files (archive, export, changes, commit)."""
+
+import os
+import stat
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from bulkhead.engine import archive, users, views
+from bulkhead.engine.calls import Call, Params, Table
+from bulkhead.engine.core import Engine
+from bulkhead.engine.lifecycle import attributes
+from bulkhead.engine.records import Workload
+from bulkhead.errors import Invalid
+from bulkhead.oci import reference
+from bulkhead.store import diff
+
+METHODS = Table()
+_GENERATED = frozenset({"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"})
+
+
+class One(Params, frozen=True):
+    """A workload."""
+
+    id: str
+
+
+class Path(One, frozen=True):
+    """A path in it."""
+
+    path: str
+
+
+class Put(Path, frozen=True):
+    """Where an archive goes."""
+
+    no_overwrite_dir_non_dir: bool = False
+    copy_uid_gid: bool = False
+
+
+class Commit(One, frozen=True):
+    """The image to be."""
+
+    repo: str = ""
+    tag: str = ""
+    comment: str = ""
+    author: str = ""
+    changes: tuple[str, ...] = ()
+    pause: bool = True
+
+
+@METHODS.method("workload.archive_stat", Path)
+async def archive_stat(engine: Engine, params: Path, call: Call) -> dict[str, Any]:
+    """Docker's ContainerPathStat."""
+    workload = engine.workloads.find(params.id)
+    return await views.with_root(
+        engine, workload, lambda root: archive.describe(root, params.path, workload.record.name)
+    )
+
+
+@METHODS.method("workload.archive_get", Path)
+async def archive_get(engine: Engine, params: Path, call: Call) -> dict[str, Any]:
+    """Write the tar of a path to the descriptor."""
+    workload = engine.workloads.find(params.id)
+    name = workload.record.name
+
+    def work(root: int) -> dict[str, Any]:
+        described = archive.describe(root, params.path, name)
+        with os.fdopen(call.take_fd("the archive").take(), "wb") as out:
+            archive.write(root, params.path, out, name)
+        return described
+
+    described = await views.with_root(engine, workload, work)
+    engine.events.emit("container", "archive-path", workload.id, attributes(workload))
+    return {"stat": described}
+
+
+@METHODS.method("workload.archive_put", Put)
+async def archive_put(engine: Engine, params: Put, call: Call) -> dict[str, Any]:
+    """Write the members of the tar from the descriptor."""
+    workload = engine.workloads.find(params.id)
+    record = workload.record
+
+    def work(root: int) -> None:
+        owner = None
+        if params.copy_uid_gid is False:
+            owner = (0, 0)
+        elif record.config.user:
+            found = users.resolve(record.config.user, users.read((f"/proc/self/fd/{root}",)))
+            owner = (found.uid, found.gid)
+        options = archive.Options(
+            keep_kinds=params.no_overwrite_dir_non_dir,
+            owner=owner,
+            readonly=record.host.readonly_rootfs and not _in_volume(workload, params.path),
+        )
+        with os.fdopen(call.take_fd("the archive").take(), "rb") as stream:
+            archive.extract(root, params.path, stream, options, record.name)
+
+    await views.with_root(engine, workload, work)
+    engine.events.emit("container", "extract-to-dir", workload.id, attributes(workload))
+    return {}
+
+
+def _in_volume(workload: Workload, path: str) -> bool:
+    """Whether `path` lies in a writable mount."""
+    return any(
+        point.rw and (path == point.destination or path.startswith(f"{point.destination}/"))
+        for point in workload.record.mounts
+    )
+
+
+@METHODS.method("workload.export", One)
+async def export(engine: Engine, params: One, call: Call) -> dict[str, Any]:
+    """Write the tar of the whole root, without volumes, to the descriptor."""
+    workload = engine.workloads.find(params.id)
+    record = workload.record
+    lowers = await engine.lowers(record.diff_ids)
+    upper = f"{engine.home.workload(record.id)}/upper"
+    out = call.take_fd("the archive")
+
+    def work() -> None:
+        layers = (upper, *lowers) if os.path.isdir(upper) else lowers
+        with out, views.overlay(layers, None, None) as root:
+            for piece in diff.tar_tree(f"/proc/self/fd/{int(root)}/."):
+                _write_all(int(out), piece)
+
+    try:
+        await views.in_thread(work)
+    except BrokenPipeError:
+        raise Invalid(f"export of {record.name}: the reader went away") from None
+    engine.events.emit("container", "export", workload.id, attributes(workload))
+    return {}
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _made_by_us(upper: str, workload: Workload, path: str) -> bool:
+    """Whether a change is only the place of a mount that we made in the writable layer."""
+    places = _GENERATED | {point.destination for point in workload.record.mounts}
+    if path not in places:
+        return False
+    try:
+        status = os.lstat(f"{upper}{path}")
+    except OSError:
+        return False
+    if stat.S_ISREG(status.st_mode):
+        return status.st_size == 0
+    return stat.S_ISDIR(status.st_mode) and not os.listdir(f"{upper}{path}")
+
+
+@METHODS.method("workload.changes", One)
+async def changes(engine: Engine, params: One, call: Call) -> list[dict[str, Any]]:
+    """Docker's `diff`: what the writable layer changes."""
+    workload = engine.workloads.find(params.id)
+    lowers = await engine.lowers(workload.record.diff_ids)
+    upper = f"{engine.home.workload(workload.id)}/upper"
+    if not os.path.isdir(upper):
+        return []
+    found = await engine.blocking(lambda: diff.changes(upper, lowers))
+    return [
+        {"Path": path, "Kind": kind}
+        for kind, path in found
+        if not _made_by_us(upper, workload, path)
+    ]
+
+
+@METHODS.method("workload.commit", Commit)
+async def commit(engine: Engine, params: Commit, call: Call) -> dict[str, Any]:
+    """Make an image of its writable layer."""
+    workload = engine.workloads.find(params.id)
+    record = workload.record
+    name = None
+    if params.repo:
+        name = str(reference.parse(f"{params.repo}:{params.tag}" if params.tag else params.repo))
+    parent = engine.images.resolve(record.image_id)
+    upper = f"{engine.home.workload(record.id)}/upper"
+    frozen = params.pause and record.status == "running"
+    if frozen:
+        await engine.control.pause(workload)
+
+    def layer() -> Iterator[bytes]:
+        if os.path.isdir(upper):
+            yield from diff.tar_upper(upper)
+
+    try:
+        image = await engine.blocking(
+            lambda: engine.images.commit(
+                parent,
+                layer(),
+                config=msgspec.to_builtins(record.config),
+                changes=params.changes,
+                ref=name,
+                author=params.author,
+                comment=params.comment,
+            )
+        )
+    finally:
+        if frozen:
+            await engine.control.unpause_if_paused(workload)
+    engine.events.emit(
+        "container", "commit", record.id, attributes(workload, comment=params.comment)
+    )
+    engine.events.emit("image", "create", image.id, {"name": name or image.id})
+    return {"Id": image.id}
