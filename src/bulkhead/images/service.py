@@ -4,12 +4,15 @@ Progress goes to a callback as Docker's JSON messages ({"status", "id", "progres
 {"stream"}). A callback that raises aborts the operation, which leaves nothing half-named behind.
 """
 
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 from bulkhead.errors import NotFound
 from bulkhead.home import Home
 from bulkhead.images import archive_read, archive_write, describe, filters, removal
+from bulkhead.images.bootstrap import Request, bootstrap
 from bulkhead.images.catalog import Catalog, Image
 from bulkhead.images.commit import commit, import_root
 from bulkhead.images.fetch import exact
@@ -244,3 +247,24 @@ class ImageService:
         return import_root(
             self.catalog, chunks, ref=ref, changes=changes, message=message, platform=platform
         )
+
+    def bootstrap(
+        self,
+        name: str,
+        include: Sequence[str] = (),
+        mirror: str | None = None,
+        lock: str | None = None,
+        progress: Progress = silent,
+    ) -> Image:
+        """An image from a distribution's packages ("debian:bookworm" plus `include`).
+
+        The lock file `lock` is used if it exists, else written; without one a fresh lock goes to
+        ROOT/bootstrap/. Unsupported without mmdebstrap.
+        """
+        path = lock
+        if path is None:
+            path = self.home.in_root("bootstrap", f"{name.replace('/', '_')}.lock.json")
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        request = Request(name, tuple(include), mirror, path)
+        return bootstrap(self.catalog, request, progress)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from bulkhead.errors import Denied, Unavailable
+from bulkhead.errors import Denied, Invalid, Unavailable
 from bulkhead.oci.distribution import Challenge, challenges
-from bulkhead.registry.config import is_loopback
+from bulkhead.registry.config import is_loopback_name
 from bulkhead.registry.credentials import ANONYMOUS, Credentials
+from bulkhead.registry.urls import origin
 
 if TYPE_CHECKING:
     from bulkhead.registry.transport import Transport
@@ -99,13 +100,13 @@ class Authenticator:
         return token
 
     def _check_realm(self, realm: str, what: str) -> None:
-        parts = urllib.parse.urlsplit(realm)
-        base = urllib.parse.urlsplit(self._transport.base_so_far())
-        plain = base.scheme == "http" and (
-            parts.hostname == base.hostname or is_loopback(parts.netloc.rpartition("@")[2])
-        )
-        allowed = ("https", "http") if plain else ("https",)
-        if parts.scheme not in allowed or not parts.hostname:
+        try:
+            scheme, host, _ = origin(realm)
+        except Invalid:
+            scheme, host = "", ""
+        base_scheme, base_host, _ = origin(self._transport.base_so_far())
+        plain = base_scheme == "http" and (host == base_host or is_loopback_name(host))
+        if scheme != "https" and not (scheme == "http" and plain):
             raise Denied(
                 f"{what}: the registry sends credentials to {realm[:200]!r}, which is not https; "
                 "refused"

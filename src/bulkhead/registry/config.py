@@ -95,7 +95,11 @@ def split_host(host: str) -> tuple[str, int | None]:
 
 def is_loopback(host: str) -> bool:
     """Whether "host[:port]" is this machine by name or number: nothing crosses a network."""
-    name, _ = split_host(host)
+    return is_loopback_name(split_host(host)[0])
+
+
+def is_loopback_name(name: str) -> bool:
+    """`is_loopback` of a host without port and brackets."""
     if name == "localhost":
         return True
     try:

@@ -5,7 +5,6 @@ redirect to another; an answer that came by https never leads to http. Every ans
 """
 
 import ssl
-import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from bulkhead.registry.authentication import Authenticator
 from bulkhead.registry.certificates import context_for
 from bulkhead.registry.config import Endpoint
 from bulkhead.registry.credentials import Credentials
+from bulkhead.registry.urls import follow, origin
 from bulkhead.registry.waiting import Cancel, Clock, Interrupted, RealClock, delay
 
 MOST_REDIRECTS = 5
@@ -55,27 +55,6 @@ class Call:
     body: Body = None
     accept: frozenset[int] = frozenset({200})
     retry: bool = True
-
-
-def origin(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port of `url`; Invalid unless it is http or https with a host."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise Invalid(f"{url[:200]!r} is not a URL") from error
-    if parts.scheme not in ("http", "https") or not host:
-        raise Invalid(f"{url[:200]!r} is not an http or https URL")
-    return parts.scheme, host.lower(), port or (443 if parts.scheme == "https" else 80)
-
-
-def follow(base: str, location: str, what: str) -> str:
-    """The URL a Location header means; Denied if it would leave https for http."""
-    target = urllib.parse.urljoin(base, location)
-    scheme = origin(target)[0]
-    if origin(base)[0] == "https" and scheme != "https":
-        raise Denied(f"{what} points from https to {scheme}: {target[:200]}; refused")
-    return target
 
 
 class Transport:

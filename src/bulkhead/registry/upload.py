@@ -11,7 +11,8 @@ from bulkhead.errors import Corrupt, Invalid, NotFound, Unavailable
 from bulkhead.oci.distribution import upload_offset
 from bulkhead.registry.answer import Answer
 from bulkhead.registry.client import Repository
-from bulkhead.registry.transport import Call, follow
+from bulkhead.registry.transport import Call
+from bulkhead.registry.urls import follow
 from bulkhead.registry.waiting import Cancelled, delay
 
 CHUNK = 8 << 20
