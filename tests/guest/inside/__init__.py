@@ -1,0 +1,1 @@
+"""What runs inside the guests: first process, reporter, scenarios only they can play."""

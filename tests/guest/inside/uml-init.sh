@@ -1,0 +1,24 @@
+# The first process of the user-mode-linux guest: prepares what a test expects, runs the job, ends.
+# Usage: sh uml-init.sh REPOSITORY EXCHANGE (folders of the host; EXCHANGE holds job.sh)
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
+repository=$1 exchange=$2
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mkdir -p /dev/pts /dev/shm
+mount -t devpts devpts /dev/pts
+for folder in /dev/shm /run /mnt; do mount -t tmpfs tmpfs $folder; done
+mkdir -p /mnt/exchange /mnt/repository
+mount -t hostfs none /mnt/exchange -o "$exchange"
+mount -t hostfs none /mnt/repository -o "$repository"
+# The checkout may lie below one of these.
+for folder in /tmp /var/tmp /var/lib; do mount -t tmpfs tmpfs $folder; done
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+ip link set lo up
+echo 4 >/proc/sys/kernel/printk
+mkdir -p "$repository" 2>/dev/null
+[ -e "$repository/pyproject.toml" ] || mount --bind /mnt/repository "$repository"
+mount -o remount,ro,bind /mnt/repository 2>/dev/null
+cd "$repository" && PYTHONPATH="$repository/src" && export PYTHONPATH && . /mnt/exchange/job.sh
+sync
+echo o >/proc/sysrq-trigger
+sleep 30
