@@ -5,6 +5,7 @@ import random
 import shutil
 import stat
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -383,3 +384,40 @@ def _check_changes(
     for path, kind in kinds.items():
         assert (path in after) == (kind != diff.DELETED), path
         assert (path in before) == (kind != diff.ADDED), path
+
+
+UNPRIVILEGED = """
+import os, sys
+from bulkhead.store.content import ContentStore
+from bulkhead.store.mounts import LayerMounts
+from tests.helpers import archives as a
+from tests.kernel.test_store_mounts import corpus
+store = ContentStore(sys.argv[1] + "/store")
+mounts = LayerMounts(store, sys.argv[1] + "/run")
+lowers = mounts.lowers([a.ingest(store, data).diff_id for data in corpus()])
+top, middle, bottom = lowers
+assert all(path.endswith("/tree") for path in lowers), lowers
+info = os.lstat(middle + "/deleted")
+assert info.st_rdev == 0 and info.st_mode & 0o170000 == 0o020000
+assert os.getxattr(middle + "/opaque", "user.overlay.opaque") == b"y"
+assert os.getxattr(bottom + "/ping", "user.note") == b"x" * 200
+assert os.stat(bottom + "/ping").st_uid == os.geteuid()
+print("fine")
+"""
+
+
+def test_without_privileges(tmp_path: Path) -> None:
+    """Without any capability layers are unpacked; whiteouts and opacity are kept for userxattr."""
+    program = shutil.which("setpriv")
+    if program is None:
+        pytest.skip("setpriv is not installed")
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [program, "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-c", UNPRIVILEGED,
+         str(tmp_path)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": f"{root}/src:{root}"},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.stdout == "fine\n", done.stderr

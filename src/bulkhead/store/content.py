@@ -18,6 +18,7 @@ An uncompressed layer blob is not stored twice: `open(diff_id)` replays the reci
 may be called from any thread, and from several processes at once.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -308,8 +309,11 @@ class ContentStore:
     def adopt_layer(self, path: str, diff_id: str) -> None:
         """Publish a finished layer directory; the one that is there already stays."""
         with self.gate.shared():
-            with suppress(FileExistsError, OSError):
+            try:
                 os.rename(path, f"{self.root}/layers/{hexadecimal(diff_id)}")
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
             self._note(diff_id)
         files.sync_directory(f"{self.root}/layers")
 

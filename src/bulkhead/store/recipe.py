@@ -25,9 +25,10 @@ class RecipeWriter:
     def __init__(self, out: BinaryIO) -> None:
         self._out = out
         self._zstd = zstd.ZstdCompressor(level=3)
-        self._literals: list[bytes] = [MAGIC]
-        self._size = len(MAGIC)
-        self._header = True
+        self._literals: list[bytes] = []
+        self._size = 0
+        self._records: list[bytes] = [MAGIC]
+        self._records_size = len(MAGIC)
         self._copy_at = self._copy_end = 0
         self.total = 0
 
@@ -51,22 +52,27 @@ class RecipeWriter:
             self._flush_copy()
         self._copy_at, self._copy_end = offset, offset + length
 
+    def _record(self, data: bytes) -> None:
+        self._records.append(data)
+        self._records_size += len(data)
+        if self._records_size > _PIECE:
+            self._out.write(self._zstd.compress(b"".join(self._records)))
+            self._records.clear()
+            self._records_size = 0
+
     def _flush_literals(self) -> None:
-        if self._header:
-            self._out.write(self._zstd.compress(self._literals.pop(0)))
-            self._header = False
         data = b"".join(self._literals)
         self._literals.clear()
         self._size = 0
         if data:
             self.total += len(data)
-            self._out.write(self._zstd.compress(_LITERAL.pack(b"L", len(data)) + data))
+            self._record(_LITERAL.pack(b"L", len(data)) + data)
 
     def _flush_copy(self) -> None:
         self._flush_literals()
         length = self._copy_end - self._copy_at
         self.total += length
-        self._out.write(self._zstd.compress(_COPY.pack(b"C", self._copy_at, length)))
+        self._record(_COPY.pack(b"C", self._copy_at, length))
         self._copy_end = self._copy_at
 
     def close(self) -> None:
@@ -74,7 +80,8 @@ class RecipeWriter:
         if self._copy_end != self._copy_at:
             self._flush_copy()
         self._flush_literals()
-        self._out.write(self._zstd.compress(_LITERAL.pack(b"E", self.total)))
+        self._record(_LITERAL.pack(b"E", self.total))
+        self._out.write(self._zstd.compress(b"".join(self._records)))
         self._out.write(self._zstd.flush())
 
 

@@ -106,13 +106,19 @@ class Entry:
 
 def number(field: bytes, what: str, name: bytes) -> int:
     """A header's numeric field: octal text, or GNU base-256; Invalid if it is neither."""
+    text = field.strip(b" \0")
+    if text.isdigit():
+        try:
+            return int(text, 8)
+        except ValueError:
+            raise Invalid(f"archive member {show(name)}: {what} is not an octal number") from None
     first = field[0]
     if first & 0x80:
         value = int.from_bytes(field, "big", signed=False) & ((1 << (8 * len(field) - 1)) - 1)
         if first & 0x40:
             value -= 1 << (8 * len(field) - 1)
         return value
-    text = field.strip(b" \0").partition(b"\0")[0].rstrip(b" ")
+    text = text.partition(b"\0")[0].rstrip(b" ")
     if not text:
         return 0
     if not text.isdigit():

@@ -11,7 +11,8 @@ listed in docs/store.md.
 import errno
 import os
 import stat
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from bulkhead.errors import NotFound, Unsupported
 from bulkhead.linux import openat2
@@ -21,6 +22,8 @@ from bulkhead.store.content import ContentStore
 from bulkhead.store.erofs_read import Image, Inode
 
 _COPY = 8 << 20
+_OPAQUE = b"trusted.overlay.opaque"
+_USER_OPAQUE = b"user.overlay.opaque"
 
 
 def ensure(store: ContentStore, diff_id: str) -> str:
@@ -60,7 +63,7 @@ class _Unpacker:
         self._root = root
         self._first: dict[int, bytes] = {}
         self._directories: list[tuple[bytes, Inode]] = []
-        self._privileged = os.geteuid() == 0
+        self._owners = True
         self._parent_path: bytes | None = None
         self._parent = -1
 
@@ -180,8 +183,9 @@ class _Unpacker:
 
     def _by_name(self, directory: int, name: bytes, inode: Inode) -> None:
         """Attributes of what cannot be opened: through its own name, never followed."""
-        if self._privileged:
-            os.chown(name, inode.uid, inode.gid, dir_fd=directory, follow_symlinks=False)
+        if self._owners:
+            with self._owner_errors():
+                os.chown(name, inode.uid, inode.gid, dir_fd=directory, follow_symlinks=False)
         if inode.kind != stat.S_IFLNK:
             os.chmod(name, stat.S_IMODE(inode.mode), dir_fd=directory)
         for key, value in self._image.xattrs(inode).items():
@@ -191,22 +195,35 @@ class _Unpacker:
         os.utime(name, ns=(time, time), dir_fd=directory, follow_symlinks=False)
 
     def _attributes(self, fd: int, inode: Inode) -> None:
-        if self._privileged:
-            os.fchown(fd, inode.uid, inode.gid)
+        if self._owners:
+            with self._owner_errors():
+                os.fchown(fd, inode.uid, inode.gid)
         for key, value in self._image.xattrs(inode).items():
             self._xattr(fd, key, value)
         os.fchmod(fd, stat.S_IMODE(inode.mode))
         time = inode.mtime * 10**9 + inode.mtime_ns
         os.utime(fd, ns=(time, time))
 
+    @contextmanager
+    def _owner_errors(self) -> Iterator[None]:
+        """Without the right to give files away, everything belongs to who unpacks it."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EINVAL):
+                raise
+            self._owners = False
+
     def _xattr(self, target: int | bytes, key: bytes, value: bytes) -> None:
         follow = isinstance(target, int)
         try:
             os.setxattr(target, key, value, follow_symlinks=follow)
         except OSError as error:
-            if error.errno == errno.EPERM and not self._privileged:
-                return  # trusted.* and security.*: only root may set them
-            if error.errno == errno.EOPNOTSUPP:
+            if error.errno == errno.EPERM and key == _OPAQUE:
+                # An overlay mounted without privilege (userxattr) looks for this one.
+                self._xattr(target, _USER_OPAQUE, value)
+                return
+            if error.errno in (errno.EPERM, errno.EOPNOTSUPP):
                 return  # listed in docs/store.md
             raise Unsupported(
                 f"the store's file system cannot hold the extended attribute "
