@@ -21,6 +21,7 @@ from bulkhead.engine.core import Engine
 from bulkhead.engine.server import Server
 from bulkhead.errors import Conflict, Denied, Unavailable
 from bulkhead.home import Home
+from bulkhead.keeper.holder import holder_pid
 from bulkhead.linux import syscall
 from bulkhead.state.database import Database
 
@@ -67,27 +68,13 @@ def _lock(path: str, home: Home) -> int:
     return fd
 
 
-def _holder_pid(home: Home) -> int:
-    """The process listening on the holder's socket, 0 if there is none."""
-    probe = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        probe.connect(home.in_run("holder.sock"))
-        return int.from_bytes(
-            probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little"
-        )
-    except OSError:
-        return 0
-    finally:
-        probe.close()
-
-
 def _enter_mount_namespace(home: Home) -> None:
     """Join the holder's mount namespace if it lives, else make one that receives the host's mounts.
 
     Layers are mounted there; they vanish with the last process of it, so nothing of ours shows on
     the host and nothing remains.
     """
-    pid = _holder_pid(home)
+    pid = holder_pid(home)
     if pid:
         try:
             fd = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)

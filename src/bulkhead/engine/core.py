@@ -235,6 +235,7 @@ class Engine:
         except (BulkheadError, OSError) as error:
             log.warning("the network's reserve cannot be filled: %s", error)
             return
+        self.spawn(self.processes.sync_helpers())
         if again_s is not None:
             self.tend_networks(again_s)
 

@@ -48,7 +48,7 @@ async def launch(engine: "Engine", workload: Workload, start: Start) -> Launched
         undo.callback(engine.volumes.release, record.id)
         attachment = engine.networks.prepare(engine.attach_request(workload))
         undo.callback(engine.networks.release, record.id)
-        workload.settings = attachment.settings
+        await engine.processes.sync_helpers()
         facts = _facts(engine, workload, attachment, rootfs, sources, start)
         bundle = Bundle(
             id=record.id,
@@ -63,6 +63,7 @@ async def launch(engine: "Engine", workload: Workload, start: Start) -> Launched
         workload.instance, workload.bundle = instance, bundle
         engine.processes.watch(record.id, launched.pidfd, launched.pid)
         engine.networks.started(record.id, launched.pid)
+        workload.settings = engine.networks.settings(record.id)
         undo.pop_all()
     return launched
 

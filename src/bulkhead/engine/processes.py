@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from bulkhead.boundary.seam import Launched, LaunchRequest
-from bulkhead.errors import BulkheadError, Conflict
+from bulkhead.errors import BulkheadError, Conflict, NotFound
 from bulkhead.keeper import holder as holders
 from bulkhead.keeper.client import KeeperClient, supervise_keeper
 from bulkhead.linux import pidfd
@@ -34,6 +34,7 @@ class Processes:
         self._engine = engine
         self._watches: dict[str, OwnedFd] = {}
         self._orphans: dict[str, OwnedFd] = {}
+        self._helpers: set[str] = set()
         self.on_exit: Callable[[holders.Exit], None] = lambda event: None
         self.on_orphan: Callable[[str, int | None], None] = lambda identity, status: None
         self.holder: holders.HolderClient
@@ -49,7 +50,21 @@ class Processes:
     async def supervise(self) -> None:
         """Ask for every helper; those that run already stay."""
         await supervise_keeper(self.holder)
-        for name, argv, env in self._engine.networks.helpers():
+        self._helpers.clear()
+        await self.sync_helpers()
+
+    async def sync_helpers(self) -> None:
+        """Supervise what the networks need now, dismiss what they no longer need."""
+        wanted = {name: (argv, env) for name, argv, env in self._engine.networks.helpers()}
+        if wanted.keys() == self._helpers:
+            return
+        for name in self._helpers - wanted.keys():
+            self._helpers.discard(name)
+            with contextlib.suppress(NotFound):
+                await self.holder.dismiss(name)
+        for name in wanted.keys() - self._helpers:
+            self._helpers.add(name)
+            argv, env = wanted[name]
             with contextlib.suppress(Conflict):
                 await self.holder.supervise(name, argv, env)
 

@@ -134,6 +134,7 @@ async def connect(engine: Engine, params: Connect, call: Call) -> dict[str, Any]
         if workload.running:
             engine.networks.connect(record.id, found["Name"], _request(settings))
             workload.settings = engine.networks.settings(record.id)
+            await engine.processes.sync_helpers()
         record.networks[found["Name"]] = settings
         engine.workloads.save(workload)
     _emit(engine, "connect", workload, found)
@@ -169,6 +170,7 @@ async def disconnect(engine: Engine, params: Disconnect, call: Call) -> dict[str
         if workload.running:
             engine.networks.disconnect(record.id, found["Name"])
             workload.settings = engine.networks.settings(record.id)
+            await engine.processes.sync_helpers()
         del record.networks[key]
         if record.host.network_mode in {found["Name"], found["Id"]}:
             record.host.network_mode = next(iter(record.networks), "none")

@@ -132,18 +132,22 @@ def isolate_port(name: str) -> Message:
     )
 
 
-def add_bridge(name: str, *, mac: bytes, mtu: int, alias: str, up: bool = True) -> Message:
+def add_bridge(name: str, *, mac: bytes, mtu: int, up: bool = True) -> Message:
     """A bridge without STP; multicast snooping off, as it delays IPv6 neighbour discovery."""
     info = (text(_INFO_KIND, "bridge"), nested(_INFO_DATA, u8(_BR_MCAST_SNOOPING, 0)))
     parts = [text(_IFLA_IFNAME, name), attribute(_IFLA_ADDRESS, mac), nested(_IFLA_LINKINFO, *info)]
     if mtu:
         parts.append(u32(_IFLA_MTU, mtu))
-    if alias:
-        parts.append(text(_IFLA_IFALIAS, alias))
     state = IFF_UP if up else 0
     return Message(
         _NEWLINK, F_CREATE | F_EXCL, _link(0, state, state, *parts), f"create bridge {name}"
     )
+
+
+def set_alias(name: str, alias: str) -> Message:
+    """Mark an interface; the kernel ignores an alias in the message that creates it."""
+    parts = (text(_IFLA_IFNAME, name), text(_IFLA_IFALIAS, alias))
+    return Message(_NEWLINK, 0, _link(0, 0, 0, *parts), f"set the alias of {name}")
 
 
 def no_link_local(index: int = 0, name: str = "") -> Message:
