@@ -256,8 +256,10 @@ def parse_duration(text: str) -> int:
     """Nanoseconds from Go's spelling: `1h30m`, `1.5s`, `300ms`, `0`; ValueError otherwise."""
     if text in ("0", "+0", "-0"):
         return 0
-    rest = text.lstrip("+-")
+    rest = text[1:] if text.startswith(("+", "-")) else text
     total, sign = 0.0, -1 if text.startswith("-") else 1
+    if not rest:
+        raise ValueError(f'time: invalid duration "{text}"')
     while rest:
         digits = len(rest) - len(rest.lstrip("0123456789."))
         letters = rest[digits:]
@@ -270,8 +272,6 @@ def parse_duration(text: str) -> int:
         except ValueError:
             raise ValueError(f'time: invalid duration "{text}"') from None
         rest = letters[width:]
-    if not text.lstrip("+-"):
-        raise ValueError(f'time: invalid duration "{text}"')
     return sign * round(total)
 
 

@@ -72,6 +72,8 @@ def create(context: Context, parsed: Parsed) -> None:
         "Labels": dict(text.partition("=")[::2] for text in parsed["label"]),
         "IPAM": {"Driver": parsed["ipam-driver"], "Config": _pools(parsed)},
     }
+    if parsed["ipam-opt"]:
+        body["IPAM"]["Options"] = dict(parsed["ipam-opt"])
     if "ipv6" in parsed:
         body["EnableIPv6"] = parsed["ipv6"]
     if "ipv4" in parsed:
@@ -181,6 +183,7 @@ COMMANDS = {
             Option("--internal", "bool", "Restrict external access to the network"),
             Option("--ip-range", "strings", "Allocate container ip from a sub-range"),
             Option("--ipam-driver", "string", "IP address management driver", default="default"),
+            Option("--ipam-opt", "map", "Set IPAM driver specific options"),
             Option("--ipv4", "bool", "Enable or disable IPv4 address assignment"),
             Option("--ipv6", "bool", "Enable or disable IPv6 address assignment"),
             Option("--label", "list", "Set metadata on a network"),
