@@ -64,6 +64,7 @@ async def run(engine: "Engine") -> None:
         status = None if event is None else event.wait_status
         finished = time.time_ns() if event is None else event.finished_ns
         if event is not None or workload.running:
+            await _load_ended(engine, workload)
             await engine.lifecycle.finish(workload, status, finished)
     engine.processes.listen()
     await _sweep(engine, entries)
@@ -135,6 +136,16 @@ async def _load(engine: "Engine", workload: Workload) -> None:
     engine.workloads.save(workload, durable=False)
 
 
+async def _load_ended(engine: "Engine", workload: Workload) -> None:
+    """Its control group still says whether memory ran out, and is to be removed."""
+    record = workload.record
+    try:
+        workload.bundle = _bundle(engine, record, 0)
+        workload.instance = await engine.boundary(record.boundary).load(workload.bundle, 0)
+    except BulkheadError as error:
+        log.warning("%s has ended and cannot be looked at: %s", record.name, error)
+
+
 async def _orphan(engine: "Engine", workload: Workload) -> bool:
     """Watch a process that no holder knows; False if it has ended."""
     record = workload.record
@@ -175,7 +186,8 @@ async def _sweep(engine: "Engine", entries: dict[str, Entry]) -> None:
                 await engine.processes.forget(entry.id)
     hierarchy = cgroups.detect()
     for name in _groups(engine):
-        if engine.workloads.by_id(name) is None:
+        workload = engine.workloads.by_id(name)
+        if workload is None or not workload.running:
             group = hierarchy.open(f"{engine.cgroup_parent}/{name}")
             try:
                 await engine.blocking(functools.partial(_delete, group))
