@@ -201,11 +201,16 @@ class Lab:
                 if container.group.exists():
                     container.group.kill()
                     container.group.delete()
+            cgroups.detect().remove_parent(self._parent)
             self.do(self.holder.shutdown())
             self.do(self.holder.close())
         finally:
             self._runner.close()
             self.boundary.null.close()
+
+    @property
+    def _parent(self) -> str:
+        return f"/bulkhead-lab{os.getpid()}"
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the lab's loop."""
@@ -246,6 +251,7 @@ class Lab:
         name = identity or f"lab{os.getpid()}-{next(_identities)}"
         directory = self.folder / "run" / name
         directory.mkdir(exist_ok=True)
+        spec.linux.cgroups_path = spec.linux.cgroups_path or f"{self._parent}/{name}"
         bundle = Bundle(name, spec, rootfs or self.rootfs(name), str(directory))
         container = self.do(self.boundary.create(bundle))
         self._containers.append(container)

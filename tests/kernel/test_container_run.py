@@ -513,7 +513,7 @@ def test_plan_is_readable(lab: Lab) -> None:
 
 
 def test_nothing_remains(tmp_path: Path) -> None:
-    with residue(str(tmp_path), "lab"), Lab(tmp_path) as lab:
+    with residue(str(tmp_path), f"bulkhead-lab{os.getpid()}"), Lab(tmp_path) as lab:
         lab.shell("echo hello")
         running = lab.start(["sleep", "1000"])
         running.exec(["true"])

@@ -44,8 +44,10 @@ def exec_template(
     wanted = process.oom_score_adj
     if wanted is None and spec.process is not None:
         wanted = spec.process.oom_score_adj
-    if wanted is not None and wanted != oom_score_adj:
-        common.plan_oom_score(program, wanted, oom_score_adj, common.plan_host_proc(program))
+    proc = None
+    if (wanted is not None and wanted != oom_score_adj) or common.has_label(process):
+        proc = common.plan_host_proc(program)
+        common.plan_oom_score(program, wanted, oom_score_adj, proc)
     flags = joined(spec)
     program.call("enter the container's namespaces", "setns", fds.fd("target"), flags)
     if flags & kernel.NEWPID:
@@ -61,6 +63,7 @@ def exec_template(
     if slave is not None:
         tty.plan_control(program, slave)
     common.plan_directory(Tree(program, root), process.cwd, create=False)
+    common.plan_label(program, proc, process)
     common.plan_identity(program, process, filter_, available=available)
     common.plan_exec(program, process, common.candidates(process))
     return Template(program.compile(), tuple(fds.keys), 0)

@@ -150,6 +150,7 @@ class _Planner:
         if self.linux.personality is not None:
             credentials.plan_personality(program, self.linux.personality)
         common.plan_directory(tree, self.process.cwd, create=True)
+        common.plan_label(program, proc, self.process)
         common.plan_identity(program, self.process, self.filter, available=self.ground.available)
         common.plan_exec(program, self.process, common.candidates(self.process))
         compiled = program.compile()
@@ -157,7 +158,8 @@ class _Planner:
 
     def _needs_host_proc(self) -> bool:
         wanted = self.process.oom_score_adj
-        return wanted is not None and wanted != self.ground.oom_score_adj
+        inherited = self.ground.oom_score_adj
+        return (wanted is not None and wanted != inherited) or common.has_label(self.process)
 
     def _join(self) -> None:
         """Control groups, then the namespaces of others, then those that come late."""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bulkhead.isolation import capabilities, credentials, tty
+from bulkhead.isolation import capabilities, credentials, lsm, tty
 from bulkhead.linux import capabilities as kernel_capabilities
 from bulkhead.linux.mounts import AT_FDCWD, PROC_MAGIC
 from bulkhead.linux.openat2 import HOW_SIZE
@@ -64,6 +64,19 @@ def plan_oom_score(program: Program, wanted: int | None, inherited: int, proc: A
     """oom_score_adj, if it differs from what the child inherits."""
     if wanted is not None and wanted != inherited:
         program.write(f"set oom_score_adj to {wanted}", proc, "self/oom_score_adj", str(wanted))
+
+
+def has_label(process: Process) -> bool:
+    """Whether the process asks for a label that this kernel can give, or must be refused."""
+    profile = process.apparmor_profile
+    wanted = bool(profile) and (profile != lsm.UNCONFINED or lsm.apparmor())
+    return wanted or bool(process.selinux_label)
+
+
+def plan_label(program: Program, proc: Slot | None, process: Process) -> None:
+    """AppArmor profile and SELinux label of the program, through the host's /proc."""
+    if proc is not None:
+        lsm.plan_exec_label(program, proc, process.apparmor_profile, process.selinux_label)
 
 
 def window(program: Program, rows: int, columns: int) -> Blob:
