@@ -146,12 +146,17 @@ class FakeRegistry:
         return [r for r in list(self.requests) if r.method == method and part in r.path]
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, *_: object) -> None:
+        """A client that hangs up is part of the play."""
+
+
 @contextlib.contextmanager
 def fake_registry() -> Iterator[FakeRegistry]:
     """Run one on a free loopback port."""
     registry = FakeRegistry()
     handler = type("BoundHandler", (Handler,), {"registry": registry})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = _Server(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     registry.host = f"127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))

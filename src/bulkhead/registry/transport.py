@@ -5,6 +5,7 @@ redirect to another; an answer that came by https never leads to http. Every ans
 """
 
 import ssl
+import threading
 import urllib.request
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class Transport:
         self._tls: ssl.SSLContext | None = None
         self._auth = Authenticator(self, credentials)
         self._base: str | None = None
+        self._setup = threading.RLock()  # pools and the base URL are made once
 
     def close(self) -> None:
         """Close idle connections."""
@@ -88,25 +90,25 @@ class Transport:
         scheme, host, _ = origin(url)
         proxies = {} if urllib.request.proxy_bypass(host) else urllib.request.getproxies()
         proxy = proxies.get(scheme) or proxies.get("all") or ""
-        if proxy not in self._pools:
-            if self._tls is None:
-                self._tls = context_for(self.endpoint)
-            timeout = urllib3.Timeout(connect=self.limits.connect_s, read=self.limits.read_s)
-            if proxy:
-                self._pools[proxy] = urllib3.ProxyManager(
-                    proxy, ssl_context=self._tls, timeout=timeout, maxsize=8
-                )
-            else:
-                self._pools[proxy] = urllib3.PoolManager(
-                    ssl_context=self._tls, timeout=timeout, maxsize=8
-                )
-        return self._pools[proxy]
+        with self._setup:
+            if proxy not in self._pools:
+                self._pools[proxy] = self._new_pool(proxy)
+            return self._pools[proxy]
+
+    def _new_pool(self, proxy: str) -> urllib3.PoolManager:
+        if self._tls is None:
+            self._tls = context_for(self.endpoint)
+        timeout = urllib3.Timeout(connect=self.limits.connect_s, read=self.limits.read_s)
+        if proxy:
+            return urllib3.ProxyManager(proxy, ssl_context=self._tls, timeout=timeout, maxsize=8)
+        return urllib3.PoolManager(ssl_context=self._tls, timeout=timeout, maxsize=8)
 
     def base(self) -> str:
         """The endpoint's URL, found by asking /v2/ over its schemes in order."""
-        if self._base is None:
-            self._base = self._probe()
-        return self._base
+        with self._setup:
+            if self._base is None:
+                self._base = self._probe()
+            return self._base
 
     def base_so_far(self) -> str:
         """`base()`; while it is still being looked for, the endpoint by its first scheme."""
