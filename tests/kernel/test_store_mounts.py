@@ -1,5 +1,6 @@
 """Layers as the kernel sees them: every form gives the same files."""
 
+import hashlib
 import os
 import random
 import shutil
@@ -10,8 +11,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
 
 from bulkhead.errors import BulkheadError, Corrupt, NotFound
 from bulkhead.store import diff, tar_write
@@ -19,7 +22,9 @@ from bulkhead.store.content import ContentStore
 from bulkhead.store.mounts import LayerMounts, is_mount
 from tests.helpers import archives as a
 from tests.helpers.residue import residue
+from tests.helpers.scale import scaled
 from tests.helpers.views import overlay, view
+from tests.unit.test_store_layers import archive_of, members
 
 ACL = bytes.fromhex(
     "0200000001000600ffffffff02000400e803000004000400ffffffff10000600ffffffff20000400ffffffff"
@@ -75,7 +80,12 @@ def corpus() -> list[bytes]:
         _header(b"null", stat.S_IFCHR | 0o666, device=(1, 3)),
         _header(b"disk", stat.S_IFBLK | 0o660, device=(259, 1_000_000)),
         _header(b"fifo", stat.S_IFIFO | 0o600),
-        _header(b"link", stat.S_IFLNK | 0o777, link=b"../etc/passwd"),
+        _header(
+            b"link", stat.S_IFLNK | 0o777, link=b"../etc/passwd",
+            xattrs={b"trusted.t": b"on a link", b"user.u": b"not allowed there"},
+        ),
+        _header(b"pipe", stat.S_IFIFO | 0o600, xattrs={b"user.u": b"x", b"security.x": b"y"}),
+        _header(b"defaults/", stat.S_IFDIR | 0o775, xattrs={b"system.posix_acl_default": ACL}),
         _header(b"longlink", stat.S_IFLNK | 0o777, link=b"t" * 4095),
         _header(b"hard", stat.S_IFREG | 0o777, link=b"ping", hard=True),
         _header(b"hardsym", stat.S_IFLNK | 0o777, link=b"link", hard=True),
@@ -213,6 +223,40 @@ def test_erofs_utils_agree(store: ContentStore) -> None:
         pytest.skip("fsck.erofs is not installed")
     for data in (*corpus(), a.END):
         layer = a.ingest(store, data)
+        done = subprocess.run([program, layer.path], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+@settings(max_examples=scaled(20))
+@given(members())
+def test_generated_trees_mounted(
+    tmp_path_factory: pytest.TempPathFactory, tree: dict[str, dict[str, Any]]
+) -> None:
+    """For any tree, the kernel sees what our reader sees, and fsck.erofs agrees."""
+    folder = tmp_path_factory.mktemp("generated")
+    _usable("file", folder)
+    store = ContentStore(str(folder / "store"))
+    layer = a.ingest(store, archive_of(tree))
+    ours = a.contents(layer)
+    with layer_mounts(store, folder / "run", "file") as mounts:
+        theirs = view(mounts.lowers([layer.diff_id])[0])
+    assert {os.fsdecode(path) or "." for path in ours} == theirs.keys()
+    for path, item in ours.items():
+        seen = theirs[os.fsdecode(path) or "."]
+        assert seen["mode"] == oct(item["mode"])
+        assert seen["owner"] == item["owner"]
+        assert seen["mtime"] == item["mtime"]
+        assert seen["xattrs"] == {os.fsdecode(k): v for k, v in item["xattrs"].items()}
+        if "data" in item:
+            assert seen["data"] == hashlib.sha256(item["data"]).hexdigest()
+        if "link" in item:
+            assert seen["link"] == os.fsdecode(item["link"])
+        if "device" in item:
+            assert seen["device"] == os.makedev(*item["device"])
+        if not stat.S_ISDIR(item["mode"]):
+            assert seen["nlink"] == item["nlink"]
+    program = shutil.which("fsck.erofs")
+    if program is not None:
         done = subprocess.run([program, layer.path], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 

@@ -114,6 +114,24 @@ REFUSED: dict[str, bytes] = {
     "xattr without a name": a.pax((b"SCHILY.xattr.user.", b"x")) + a.file(b"f"),
     "too many xattrs": a.pax(*((b"SCHILY.xattr.user.%d" % n, b"") for n in range(300)))
     + a.file(b"f"),
+    "ACL malformed": a.pax((b"SCHILY.xattr.system.posix_acl_access", b"\2\0\0\0junk"))
+    + a.file(b"f"),
+    "ACL out of order": a.pax(
+        (
+            b"SCHILY.xattr.system.posix_acl_access",
+            b"\2\0\0\0" + b"".join(bytes([tag, 0, 7, 0]) + b"\xff" * 4 for tag in (4, 1, 32)),
+        )
+    )
+    + a.file(b"f"),
+    "ACL by default on a file": a.pax(
+        (
+            b"SCHILY.xattr.system.posix_acl_default",
+            b"\2\0\0\0" + b"".join(bytes([tag, 0, 7, 0]) + b"\xff" * 4 for tag in (1, 4, 32)),
+        )
+    )
+    + a.file(b"f"),
+    "capability malformed": a.pax((b"SCHILY.xattr.security.capability", b"\1\0\0\2"))
+    + a.file(b"f"),
     "checksum wrong": a.block(b"f")[:-1] + b"x",
     "not a tar": b"hello, this is not a tar archive at all".ljust(1024, b"."),
     "unknown type": a.block(b"f", b"Z"),
@@ -315,9 +333,7 @@ def test_multi_member_gzip(store: ContentStore) -> None:
     """Members one after another are one stream (as pigz and estargz write it)."""
     data = a.file(b"f", os.urandom(3000)) + a.file(b"g", os.urandom(3000)) + a.END
     cuts = (0, 100, 1000, 4000, len(data))
-    packed = b"".join(
-        gzip.compress(data[start:end]) for start, end in pairwise(cuts)
-    )
+    packed = b"".join(gzip.compress(data[start:end]) for start, end in pairwise(cuts))
     layer = a.ingest(store, packed)
     assert b"".join(store.tar(layer.diff_id)) == data
     assert b"".join(store.blob_for(layer.digest, layer.diff_id)) == packed

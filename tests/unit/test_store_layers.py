@@ -4,6 +4,7 @@ import io
 import os
 import random
 import stat
+import struct
 import subprocess
 import tarfile
 from pathlib import Path
@@ -32,16 +33,21 @@ SIZES = st.one_of(
     st.integers(0, 100),
     st.sampled_from([511, 512, 513, 3900, 4031, 4032, 4033, 4095, 4096, 4097, 8191, 8192, 70000]),
 )
-XATTRS = st.dictionaries(
-    st.sampled_from(
-        [
-            "user.a", "user." + "n" * 200, "security.capability", "trusted.t",
-            "system.posix_acl_access", "system.posix_acl_default", "user.overlaid",
-        ]
-    ),
-    st.binary(max_size=300) | st.binary(min_size=3900, max_size=4200),
-    max_size=3,
-)  # fmt: skip
+ACL = struct.pack("<I" + "HHI" * 5, 2, 1, 6, 2**32 - 1, 2, 4, 1000, 4, 4, 2**32 - 1, 16, 6,
+                  2**32 - 1, 32, 4, 2**32 - 1)  # fmt: skip
+CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")
+VALUES = st.binary(max_size=300) | st.binary(min_size=3900, max_size=4200)
+XATTRS = st.fixed_dictionaries(
+    {},
+    optional={
+        "user.a": VALUES,
+        "user." + "n" * 200: VALUES,
+        "trusted.t": VALUES,
+        "security.capability": st.just(CAPABILITY),
+        "system.posix_acl_access": st.just(ACL),
+        "user.overlaid": VALUES,
+    },
+)
 KINDS = st.sampled_from(["file", "file", "file", "dir", "symlink", "fifo", "char", "block", "link"])
 
 
@@ -90,7 +96,8 @@ MODES = {
 }
 
 
-def _archive(tree: dict[str, dict[str, Any]]) -> bytes:
+def archive_of(tree: dict[str, dict[str, Any]]) -> bytes:
+    """The tree as a tar by our own writer."""
     out = b""
     for path, node in tree.items():
         kind = node["kind"]
@@ -156,7 +163,7 @@ def test_round_trip(
 ) -> None:
     """Any tree comes back the same through the image, and the tar byte for byte."""
     store = ContentStore(str(tmp_path_factory.mktemp("s")))
-    data = _archive(tree)
+    data = archive_of(tree)
     layer = a.ingest(store, data, compression="")
     seen = a.contents(layer)
     expected = _expected(tree)

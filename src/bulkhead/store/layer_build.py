@@ -10,6 +10,7 @@ from typing import BinaryIO
 from bulkhead.errors import Corrupt, Invalid
 from bulkhead.store import erofs_format as fmt
 from bulkhead.store import tar_read as tar
+from bulkhead.store import xattrs
 from bulkhead.store.erofs_write import Directory, ImageWriter
 from bulkhead.store.limits import Limits
 from bulkhead.store.recipe import RecipeWriter
@@ -19,8 +20,6 @@ _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
 _RESERVED = b".wh..wh."
 _NAME_MAX = 255
-_STRIPPED = (b"trusted.overlay.", b"user.overlay.")
-_XATTR_COUNT = 200
 _SYMLINK_MAX = 4095
 _KINDS = {
     tar.CHAR: fmt.FT_CHAR,
@@ -132,7 +131,13 @@ class LayerBuilder:
         path = self._normal(entry.name, "its name", entry.name)
         name = path.rpartition(b"/")[2]
         if entry.xattrs:
-            self._filter_xattrs(entry)
+            entry.xattrs = xattrs.kept(
+                entry.name,
+                entry.xattrs,
+                directory=entry.kind == tar.DIRECTORY,
+                regular=entry.kind == tar.REGULAR,
+                symlink=entry.kind == tar.SYMLINK,
+            )
         if name.startswith(_WHITEOUT):
             self._store(entry, source, inline=False)
             self._whiteout(path, name, entry)
@@ -148,22 +153,6 @@ class LayerBuilder:
             self._symlink(path, entry)
         else:
             self._special(path, entry)
-
-    def _filter_xattrs(self, entry: Entry) -> None:
-        """Overlay's own attributes are ours to write; names must be usable on Linux."""
-        kept: dict[bytes, bytes] = {}
-        for name, value in (entry.xattrs or {}).items():
-            if name.startswith(_STRIPPED):
-                continue
-            space, _, rest = name.partition(b".")
-            if not space or not rest or len(name) > _NAME_MAX or len(value) > 65535:
-                raise Invalid(
-                    f"archive member {show(entry.name)}: extended attribute {show(name)} is invalid"
-                )
-            kept[name] = value
-        if len(kept) > _XATTR_COUNT:
-            raise Invalid(f"archive member {show(entry.name)}: too many extended attributes")
-        entry.xattrs = kept or None
 
     def _whiteout(self, path: bytes, name: bytes, entry: Entry) -> None:
         parent, _ = self._parent(path, entry.name)
