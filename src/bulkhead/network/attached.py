@@ -8,6 +8,8 @@ The engine writes both, reads the first when it starts again; the helper reads b
 
 import contextlib
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -15,7 +17,8 @@ import msgspec
 from bulkhead.home import Home
 from bulkhead.network import files
 from bulkhead.network.bridges import Active, Endpoint
-from bulkhead.network.model import AttachRequest
+from bulkhead.network.firewall import Redirect
+from bulkhead.network.model import AttachRequest, EndpointRequest, parse_port
 from bulkhead.network.ports import Published
 
 
@@ -37,10 +40,21 @@ class Attached(msgspec.Struct):
     ports: list[PortRecord] = []
     target: str = ""
     """Of kind container: whose namespace."""
-    resolver: bool = False
-    """Whether it asks our resolver."""
+    resolver_ports: list[int] = []
+    """(UDP, TCP) ports on 127.0.0.11 if it asks our resolver."""
     servers: list[str] = []
-    """Where the resolver sends what it does not know, for this workload."""
+    """Where the resolver sends what it does not know; none: to the host's."""
+    forward: bool = True
+    """False if it is on internal networks only: its questions then stay inside too."""
+    publishing: dict[str, str] = {}
+    """IP version -> the address that published ports lead to."""
+    default_routes: dict[str, str] = {}
+    """IP version -> the network that gives the default route."""
+
+    @property
+    def served(self) -> bool:
+        """Whether network/helper.py has to do with it."""
+        return bool(self.resolver_ports or self.ports)
 
 
 class Records:
@@ -107,10 +121,9 @@ def start_time(pid: int) -> int:
         return int(file.read().rpartition(b")")[2].split()[19])
 
 
-def dns_names(attached: Attached, endpoint: Endpoint) -> list[str]:
-    """The names by which others on the network find the workload."""
-    request = attached.request
-    wanted = [request.name, *endpoint.request.aliases, request.workload_id[:12]]
+def dns_names(request: AttachRequest, asked: EndpointRequest) -> list[str]:
+    """The names by which others on a user-defined network find the workload."""
+    wanted = [request.name, *asked.aliases, request.workload_id[:12]]
     if request.hostname:
         wanted.append(request.hostname)
     return list(dict.fromkeys(one for one in wanted if one))
@@ -131,7 +144,7 @@ def port_map(attached: Attached) -> dict[str, list[dict[str, str]] | None]:
     return made
 
 
-def endpoint_settings(attached: Attached, endpoint: Endpoint, active: Active) -> dict[str, Any]:
+def endpoint_settings(endpoint: Endpoint, active: Active) -> dict[str, Any]:
     """Docker's EndpointSettings."""
     asked = endpoint.request
     pools = active.pools
@@ -143,7 +156,6 @@ def endpoint_settings(attached: Attached, endpoint: Endpoint, active: Active) ->
             ipam["IPv4Address"] = asked.ipv4
         if asked.ipv6:
             ipam["IPv6Address"] = asked.ipv6
-    default = active.network.default
     return {
         "IPAMConfig": ipam,
         "Links": list(asked.links) or None,
@@ -159,7 +171,7 @@ def endpoint_settings(attached: Attached, endpoint: Endpoint, active: Active) ->
         "IPv6Gateway": "" if internal else active.gateway(6),
         "GlobalIPv6Address": endpoint.ipv6,
         "GlobalIPv6PrefixLen": pools[6].subnet.prefixlen if endpoint.ipv6 else 0,
-        "DNSNames": None if default else dns_names(attached, endpoint),
+        "DNSNames": None if active.network.default else endpoint.names,
     }
 
 
@@ -192,3 +204,70 @@ def hosts_file(attached: Attached, gateways: list[str]) -> str:
 def port_records(published: list[Published]) -> list[PortRecord]:
     """As they are kept on file."""
     return [PortRecord(one.protocol, one.port, one.address, one.host_port) for one in published]
+
+
+def redirects(attached: Attached) -> list[Redirect]:
+    """What the firewall must do for the published ports; the helper does the rest."""
+    found = []
+    for one in attached.ports:
+        address = attached.publishing.get("6" if ":" in one.address else "4")
+        if address:
+            place = "" if one.address in ("0.0.0.0", "::") else one.address
+            found.append(Redirect(one.protocol, place, one.host_port, address, one.port))
+    return found
+
+
+def keep_ports(attached: Attached, wanted: AttachRequest) -> tuple[list[PortRecord], AttachRequest]:
+    """Which published ports satisfy what is `wanted` now, and the request for the others."""
+    left = list(attached.ports)
+    kept: list[PortRecord] = []
+    missing: dict[str, tuple[Mapping[str, str], ...]] = {}
+    for text, bindings in wanted.ports.items():
+        port, protocol = parse_port(text)
+        rest = []
+        for binding in bindings:
+            found = [
+                one
+                for one in left
+                if (one.port, one.protocol) == (port, protocol)
+                and binding.get("HostPort", "") in ("", "0", str(one.host_port))
+                and _same_place(binding.get("HostIp", ""), one.address)
+            ]
+            if not found:
+                rest.append(binding)
+                continue
+            # One binding without an address holds a port of each family.
+            chosen = [one for one in found if one.host_port == found[0].host_port]
+            kept += chosen
+            left = [one for one in left if one not in chosen]
+        if rest:
+            missing[text] = tuple(rest)
+    return kept, replace(wanted, ports=missing)
+
+
+def _same_place(asked: str, address: str) -> bool:
+    return asked == address or (not asked and address in ("0.0.0.0", "::"))
+
+
+def resolv_conf(attached: Attached) -> str:
+    """The content of /etc/resolv.conf."""
+    request = attached.request
+    host = files.host_resolution()
+    search = request.dns_search or host.search
+    options = request.dns_options or host.options
+    if attached.resolver_ports:
+        return files.resolv_conf([files.RESOLVER], search, options, ours=True)
+    servers = request.dns or host.servers
+    if attached.kind == "bridge" and not request.dns:
+        servers = tuple(one for one in servers if not files.is_loopback(one))
+    return files.resolv_conf(servers, search, options, ours=False)
+
+
+def pseudo_endpoint(network_id: str) -> dict[str, Any]:
+    """Docker's EndpointSettings on "host" and "none"."""
+    return {
+        "IPAMConfig": None, "Links": None, "Aliases": None, "MacAddress": "", "DriverOpts": None,
+        "GwPriority": 0, "NetworkID": network_id, "EndpointID": "", "Gateway": "",
+        "IPAddress": "", "IPPrefixLen": 0, "IPv6Gateway": "", "GlobalIPv6Address": "",
+        "GlobalIPv6PrefixLen": 0, "DNSNames": None,
+    }  # fmt: skip

@@ -41,6 +41,8 @@ class Endpoint:
     mac: str
     ipv4: str = ""
     ipv6: str = ""
+    names: list[str] = field(default_factory=list)
+    network_name: str = ""
     request: EndpointRequest = field(default_factory=EndpointRequest)
 
 
@@ -68,6 +70,13 @@ class Active:
             self.give(endpoint.ipv4, endpoint.ipv6)
             self.idle_since = time.monotonic()
         return endpoint
+
+    def enter(self, workload_id: str, endpoint: Endpoint) -> None:
+        """Know an endpoint of an earlier engine, whose addresses are held again."""
+        self.endpoints[workload_id] = endpoint
+        for text in (endpoint.ipv4, endpoint.ipv6):
+            if text:
+                self.pools[6 if ":" in text else 4].claim(ip_address(text))
 
     def give(self, *addresses: str) -> None:
         """Give addresses back; those that are "" are ignored."""
@@ -201,7 +210,7 @@ class Bridges:
         alias = f"{self._tag} {network.name}"
         first = pools.get(4) or pools[6]
         mac = rt.mac_bytes(mac_for(first.gateway))
-        made = rt.add_bridge(network.link, mac=mac, mtu=mtu, alias=alias, up=False)
+        made = rt.add_bridge(network.link, mac=mac, mtu=mtu, up=False)
         try:
             self.route.transact([made])
         except NetlinkError as error:
@@ -212,11 +221,14 @@ class Bridges:
             if error.errno != errno.EEXIST:
                 raise
             present = rt.link(self.route, network.link)
-            if present.kind != "bridge" or not present.alias.startswith(self._tag):
+            # One without alias: an engine that was killed before it had set it.
+            ours = not present.alias or present.alias.startswith(self._tag)
+            if present.kind != "bridge" or not ours:
                 raise Conflict(
                     f"network {network.name}: interface {network.link} exists and is not ours; "
                     f"remove it (ip link delete {network.link})"
                 ) from None
+        self.route.transact([rt.set_alias(network.link, alias)])
         index = rt.link(self.route, network.link).index
         batch = [] if 6 in pools else [rt.no_link_local(index)]
         batch += [rt.add_address(index, pool.interface(pool.gateway)) for pool in pools.values()]

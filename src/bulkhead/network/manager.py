@@ -7,32 +7,31 @@ workload on the default bridge without ports costs one small file.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+import socket
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from bulkhead.errors import Conflict, Denied, Invalid, NotFound
 from bulkhead.home import Home
+from bulkhead.linux import netns
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.network import attached as shapes
-from bulkhead.network import files, ports
+from bulkhead.network import files, inner, ports
 from bulkhead.network.attached import Attached, Records
-from bulkhead.network.bridges import Active, Bridges, Endpoint
+from bulkhead.network.bridges import Bridges, Endpoint
 from bulkhead.network.catalog import NO_FILTERS, Catalog, DocumentStore
-from bulkhead.network.firewall import Redirect
-from bulkhead.network.ipam import Interface, mac_for, parse_address
-from bulkhead.network.lobby import Bare, Cable, Lobby, plug
+from bulkhead.network.helperlink import HelperLink
+from bulkhead.network.lobby import Lobby
 from bulkhead.network.model import Attachment, AttachRequest, EndpointRequest
-from bulkhead.network.ports import Published
-from bulkhead.network.records import Network, check_mac
-
-_NO_ENDPOINT = EndpointRequest()
+from bulkhead.network.records import Network
+from bulkhead.network.wiring import Wiring, default_routes
 
 # The class has a method called list.
 _Shapes = list[dict[str, Any]]
 _Names = list[str]
-_Wanted = list[tuple[Network, EndpointRequest]]
-_Redirects = list[Redirect]
+_Processes = list[tuple[str, list[str], dict[str, str]]]
+Sockets = list[tuple[str, socket.socket]]
 
 
 class NetworkManager:
@@ -44,10 +43,11 @@ class NetworkManager:
         self._bridges = Bridges(home, self._catalog.all)
         self._records = Records(home)
         self._lobby = Lobby()
+        self._wiring = Wiring(self._catalog, self._bridges, self._lobby)
+        self._link = HelperLink(home)
         self._attached: dict[str, Attached] = {}
         self._namespaces: dict[str, OwnedFd] = {}
         self._pids: dict[str, int] = {}
-        self._held: dict[str, list[Published]] = {}
 
     # -- networks
 
@@ -158,18 +158,24 @@ class NetworkManager:
         return self._attachment(made, f"/proc/{pid}/ns/net")
 
     def _prepare_bridged(self, request: AttachRequest) -> Attachment:
-        wanted = self._wanted(request)
+        wanted = self._wiring.wanted(request)
         made = Attached(request, "bridge")
         workload_id = request.workload_id
         with contextlib.ExitStack() as undo:
-            bare = self._plug_all(made, wanted, undo)
-            undo.callback(bare.close)
+            bare = self._wiring.plug_all(made, wanted, undo)
             self._attached[workload_id] = made
             undo.callback(self._attached.pop, workload_id)
+            sockets: Sockets = []
+            undo.callback(_close_all, sockets)
             if request.ports or request.publish_all:
-                self._publish(made, undo)
+                self._publish(made, sockets, undo)
+            if self._needs_resolver(made):
+                self._open_resolver(made, bare.netns.fileno(), sockets)
             self._records.write(made)
             undo.callback(self._records.remove, workload_id)
+            if made.served:
+                undo.callback(self._link.drop, workload_id)
+                self._link.set(made, sockets)
             self._namespaces[workload_id] = bare.netns
             undo.callback(self._namespaces.pop, workload_id)
             attachment = self._attachment(made, f"/proc/self/fd/{bare.netns.fileno()}")
@@ -177,207 +183,97 @@ class NetworkManager:
         bare.netlink.close()
         return attachment
 
-    def _wanted(self, request: AttachRequest) -> _Wanted:
-        """The networks to attach and how, the mode's own first."""
-        main = self._catalog.find(request.mode)
-        chosen: dict[str, tuple[Network, EndpointRequest]] = {main.id: (main, _NO_ENDPOINT)}
-        for ref, endpoint in request.endpoints.items():
-            network = self._catalog.find(ref)
-            chosen[network.id] = (network, endpoint)
-        if request.mac and not chosen[main.id][1].mac:
-            chosen[main.id] = (main, replace(chosen[main.id][1], mac=request.mac))
-        return list(chosen.values())
+    def _needs_resolver(self, made: Attached) -> bool:
+        """Whether names are asked at 127.0.0.11: on user-defined networks, and where the host's
+        own resolvers can be reached on its loopback only.
+        """
+        if any(one.names for one in made.endpoints):
+            return True
+        servers = made.request.dns or files.host_resolution().servers
+        return bool(servers) and all(files.is_loopback(one) for one in servers)
 
-    def _plug_all(
-        self,
-        made: Attached,
-        wanted: _Wanted,
-        undo: contextlib.ExitStack,
-    ) -> Bare:
-        """A namespace with an interface on each network; `made.endpoints` is filled."""
-        workload_id = made.request.workload_id
-        actives = [(self._up(network), endpoint) for network, endpoint in wanted]
-        if len(wanted) == 1 and wanted[0][0].default and wanted[0][1] == _NO_ENDPOINT:
-            waiting = self._lobby.take_wired()
-            if waiting is not None:
-                active = actives[0][0]
-                endpoint = _endpoint(waiting.cable, active)
-                active.endpoints[workload_id] = endpoint
-                undo.callback(active.leave, workload_id)
-                made.endpoints.append(endpoint)
-                return waiting.bare
-        bare = self._lobby.take_bare()
-        undo.callback(bare.close)
-        routes = _default_routes(actives)
-        for number, (active, asked) in enumerate(actives):
-            cable = self._plan(active, asked, f"{active.network.container_prefix}{number}")
-            undo.callback(active.give, *(str(one.ip) for one in cable.addresses))
-            gateways = tuple(
-                active.gateway(version) for version, one in routes.items() if one is active
-            )
-            cable = replace(cable, gateways=gateways)
-            plug(self._bridges.route, bare, cable)
-            endpoint = _endpoint(cable, active, asked)
-            active.endpoints[workload_id] = endpoint
-            undo.callback(active.leave, workload_id)
-            made.endpoints.append(endpoint)
-        return bare
+    def _open_resolver(self, made: Attached, namespace: int, sockets: Sockets) -> None:
+        udp, tcp = netns.inside(namespace, inner.prepare)
+        sockets += [("udp", udp), ("tcp", tcp)]
+        made.resolver_ports = [udp.getsockname()[1], tcp.getsockname()[1]]
+        made.servers = list(made.request.dns)
+        made.forward = bool(made.default_routes)
 
-    def _up(self, network: Network) -> Active:
-        """The network's bridge; the default network's subnet is chosen, or chosen anew, here."""
-        active = self._bridges.active.get(network.id)
-        if active is not None:
-            return active
-        if network.default and (network.ipv4 is None or self._bridges.collides(network)):
-            network.ipv4 = self._bridges.choose4(network)
-            self._catalog.keep(network)
-        return self._bridges.up(network)
-
-    def _plan(self, active: Active, asked: EndpointRequest, name: str) -> Cable:
-        """Addresses, MAC and names of a new interface; the addresses are held from now on."""
-        addresses: list[Interface] = []
-        with contextlib.ExitStack() as undo:
-            for version, pool in active.pools.items():
-                text = asked.ipv4 if version == 4 else asked.ipv6
-                if text:
-                    address = parse_address(text, f"IPv{version} address")
-                    pool.claim(address)
-                else:
-                    address = pool.take()
-                undo.callback(pool.give, address)
-                addresses.append(pool.interface(address))
-            for version, text in ((4, asked.ipv4), (6, asked.ipv6)):
-                if text and version not in active.pools:
-                    raise Invalid(
-                        f"network {active.network.name} has no IPv{version} subnet for {text}"
-                    )
-            mac = asked.mac or mac_for(addresses[0].ip)
-            check_mac(mac)
-            undo.pop_all()
-        identity = os.urandom(32).hex()
-        return Cable(
-            endpoint=identity,
-            host_name=f"bhv{identity[:12]}",
-            name=name,
-            mac=mac,
-            addresses=tuple(addresses),
-            gateways=(),
-            mtu=active.mtu,
-            bridge=active.index,
-            isolated=not active.network.icc,
-        )
-
-    def _plan_default(self) -> Cable:
-        """The plan of a wired namespace for the lobby."""
-        active = self._bridges.active[self._catalog.default.id]
-        cable = self._plan(active, _NO_ENDPOINT, f"{active.network.container_prefix}0")
-        gateways = tuple(str(pool.gateway) for pool in active.pools.values())
-        return replace(cable, gateways=gateways)
-
-    def _spare(self, cable: Cable) -> None:
-        """Give back the addresses of a cable that nobody will use."""
-        active = self._bridges.active.get(self._catalog.default.id)
-        if active is not None:
-            active.give(*(str(one.ip) for one in cable.addresses))
-
-    def _publish(self, made: Attached, undo: contextlib.ExitStack) -> None:
-        """Bind the ports and redirect them; undone by `undo`."""
+    def _publish(self, made: Attached, sockets: Sockets, undo: contextlib.ExitStack) -> None:
+        """Bind the ports (the sockets are appended) and redirect them; undone by `undo`."""
         request = made.request
-        active = self._publishing(made)
-        wanted = ports.wishes(
-            request.ports,
-            request.exposed,
-            publish_all=request.publish_all,
-            default_address=active.network.host_binding,
-        )
-        taken = ports.take(wanted)
-        for one in taken:
-            if one.held is not None:
-                undo.callback(one.held.close)
-        made.ports = shapes.port_records(taken)
-        redirects = self._redirects(made)
-        self._bridges.publish(redirects)
-        if redirects:
-            undo.callback(self._bridges.firewall.unpublish, self._bridges.filter, redirects)
-        self._held[request.workload_id] = taken
-        undo.callback(self._held.pop, request.workload_id)
-
-    def _publishing(self, made: Attached) -> Active:
-        """The network whose address published ports lead to: the one with the default route."""
-        actives = [(self._bridges.active[e.network], e.request) for e in made.endpoints]
-        routes = _default_routes(actives)
+        actives = self._wiring.actives(made)
+        routes = default_routes(actives)
         if not routes:
             raise Invalid(
-                f"container {made.request.name}: ports cannot be published from internal networks"
+                f"container {request.name}: ports cannot be published from internal networks"
             )
-        return routes.get(4) or routes[6]
-
-    def _redirects(self, made: Attached) -> _Redirects:
-        """What the firewall must do for the published ports."""
-        if not made.ports:
-            return []
-        actives = [(self._bridges.active[e.network], e.request) for e in made.endpoints]
-        routes = _default_routes(actives)
-        target = {}
+        binding = (routes.get(4) or routes[6]).network.host_binding
+        taken = ports.take(
+            ports.wishes(
+                request.ports,
+                request.exposed,
+                publish_all=request.publish_all,
+                default_address=binding,
+            )
+        )
+        sockets += [(one.role, one.held) for one in taken]
+        made.ports = shapes.port_records(taken)
+        made.publishing = {}
         for version, active in routes.items():
-            endpoint = active.endpoints[made.request.workload_id]
-            target[version] = endpoint.ipv4 if version == 4 else endpoint.ipv6
-        found = []
-        for one in made.ports:
-            version = 6 if ":" in one.address else 4
-            address = target.get(version)
-            if address:
-                everywhere = one.address in ("0.0.0.0", "::")
-                place = "" if everywhere else one.address
-                found.append(Redirect(one.protocol, place, one.host_port, address, one.port))
-        return found
+            endpoint = active.endpoints[request.workload_id]
+            address = endpoint.ipv4 if version == 4 else endpoint.ipv6
+            made.publishing[str(version)] = address
+        redirects = shapes.redirects(made)
+        self._bridges.publish(redirects)
+        undo.callback(self._bridges.firewall.unpublish, self._bridges.filter, redirects)
 
     def _attachment(self, made: Attached, path: str | None) -> Attachment:
         request = made.request
         hostname = request.hostname
         if not hostname and made.kind != "host":
             hostname = request.workload_id[:12]
+        hosts, resolv_conf = self.files(request.workload_id)
         return Attachment(
             netns_path=path,
             settings=self.settings(request.workload_id),
-            hosts=self._hosts(made),
-            resolv_conf=self._resolv_conf(made),
+            hosts=hosts,
+            resolv_conf=resolv_conf,
             hostname=hostname,
         )
 
-    def _hosts(self, made: Attached) -> str:
-        if made.kind == "container":
-            return self._hosts(self._attached[made.target])
+    def files(self, workload_id: str) -> tuple[str, str]:
+        """The contents of /etc/hosts and /etc/resolv.conf now; `connect` may change them."""
+        made = self._find(workload_id)
+        if made.kind == "container" and made.target in self._attached:
+            return self.files(made.target)
         gateways = [
             gateway
             for endpoint in made.endpoints[:1]
             for version in (4, 6)
             if (gateway := self._bridges.active[endpoint.network].gateway(version))
         ]
-        if made.kind == "host":
-            gateways = ["127.0.0.1"]
-        return shapes.hosts_file(made, gateways)
+        hosts = shapes.hosts_file(made, ["127.0.0.1"] if made.kind == "host" else gateways)
+        return hosts, shapes.resolv_conf(made)
 
-    def _resolv_conf(self, made: Attached) -> str:
-        if made.kind == "container":
-            return self._resolv_conf(self._attached[made.target])
-        request = made.request
-        host = files.host_resolution()
-        search = request.dns_search or host.search
-        options = request.dns_options or host.options
-        servers = request.dns or host.servers
-        if made.kind == "bridge" and not request.dns:
-            servers = tuple(one for one in servers if not files.is_loopback(one))
-        return files.resolv_conf(servers, search, options, ours=False)
+    def _find(self, workload_id: str) -> Attached:
+        try:
+            return self._attached[workload_id]
+        except KeyError:
+            raise NotFound(f"workload {workload_id} is not attached to any network") from None
 
     def started(self, workload_id: str, pid: int) -> None:
         """The workload runs: its process keeps the namespace from now on."""
-        if workload_id not in self._attached:
-            raise NotFound(f"workload {workload_id} is not attached to any network")
+        made = self._find(workload_id)
         self._pids[workload_id] = pid
         held = self._namespaces.pop(workload_id, None)
         if held is not None:
             held.close()
+        if made.served:
+            # It may have ended already: then `release` follows.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                self._records.write_pid(workload_id, pid)
+            self._link.started(workload_id, pid)
 
     def release(self, workload_id: str) -> None:
         """The workload has ended, or never started: give everything back. Idempotent."""
@@ -394,17 +290,158 @@ class NetworkManager:
                 active = self._bridges.active.get(endpoint.network)
                 if active is not None:
                     all_of_it.callback(active.leave, workload_id)
-            if made.ports:
-                all_of_it.callback(self._unpublish, made)
+            if made.served:
+                all_of_it.callback(self._link.drop, workload_id)
+            redirects = shapes.redirects(made)
+            if redirects:
+                unpublish = self._bridges.firewall.unpublish
+                all_of_it.callback(unpublish, self._bridges.filter, redirects)
 
-    def _unpublish(self, made: Attached) -> None:
-        for one in self._held.pop(made.request.workload_id, ()):
-            if one.held is not None:
-                one.held.close()
-        redirects = self._redirects(made)
-        made.ports = []
-        if redirects:
-            self._bridges.firewall.unpublish(self._bridges.filter, redirects)
+    # -- while it runs
+
+    def connect(self, workload_id: str, network: str, endpoint: EndpointRequest) -> dict[str, Any]:
+        """Put a running workload on one more network; its settings afterwards.
+
+        `files` may say something new then. Errors: NotFound, Conflict, Denied, Invalid.
+        """
+        made = self._find(workload_id)
+        if made.kind != "bridge":
+            raise Denied(f"container cannot be connected to another network: it has {made.kind}")
+        if self._catalog.pseudo(network):
+            raise Denied(f"container cannot be connected to network {network}")
+        found = self._catalog.find(network)
+        if any(one.network == found.id for one in made.endpoints):
+            raise Denied(
+                f"endpoint with name {made.request.name} already exists in network {found.name}"
+            )
+        wanted = dict(made.request.endpoints)
+        wanted[found.id] = endpoint
+        with self._namespace(workload_id) as namespace:
+            self._wiring.plug_live(made, found, endpoint, namespace)
+            made.request = replace(made.request, endpoints=wanted)
+            sockets: Sockets = []
+            if not made.resolver_ports and self._needs_resolver(made):
+                self._open_resolver(made, namespace, sockets)
+        self._changed(made, sockets)
+        return self.settings(workload_id)
+
+    def disconnect(self, workload_id: str, network: str, force: bool = False) -> dict[str, Any]:
+        """Take a running workload from a network; its settings afterwards.
+
+        NotFound if it is not on it, unless `force`.
+        """
+        made = self._find(workload_id)
+        found = self._catalog.find(network)
+        endpoint = next((one for one in made.endpoints if one.network == found.id), None)
+        if endpoint is None:
+            if force:
+                return self.settings(workload_id)
+            raise Denied(f"container {workload_id} is not connected to network {found.name}")
+        with self._namespace(workload_id) as namespace:
+            self._wiring.unplug_live(made, endpoint, namespace)
+        kept = {
+            ref: one
+            for ref, one in made.request.endpoints.items()
+            if self._catalog.find(ref).id != found.id
+        }
+        made.request = replace(made.request, endpoints=kept)
+        self._changed(made, [])
+        return self.settings(workload_id)
+
+    def _changed(self, made: Attached, sockets: Sockets) -> None:
+        """After connect or disconnect: redirections, record and helper follow."""
+        made.forward = bool(made.default_routes)
+        before = shapes.redirects(made)
+        made.publishing = {}
+        for version, network in made.default_routes.items():
+            endpoint = next(one for one in made.endpoints if one.network == network)
+            made.publishing[version] = endpoint.ipv4 if version == "4" else endpoint.ipv6
+        after = shapes.redirects(made)
+        if before != after:
+            if before:
+                self._bridges.firewall.unpublish(self._bridges.filter, before)
+            self._bridges.publish(after)
+        self._records.write(made)
+        if made.served:
+            self._link.set(made, sockets)
+            pid = self._pids.get(made.request.workload_id)
+            if pid is not None:
+                self._records.write_pid(made.request.workload_id, pid)
+                self._link.started(made.request.workload_id, pid)
+
+    def publish(
+        self,
+        workload_id: str,
+        wanted: Mapping[str, Iterable[Mapping[str, str]]],
+        *,
+        publish_all: bool = False,
+    ) -> dict[str, Any]:
+        """Replace the published ports of a running workload; its settings afterwards.
+
+        Ports published before and still asked for stay open throughout. On Conflict nothing has
+        changed.
+        """
+        made = self._find(workload_id)
+        if made.kind != "bridge":
+            raise Invalid(f"ports cannot be published with network mode {made.request.mode}")
+        listed = {port: tuple(bindings) for port, bindings in wanted.items()}
+        request = replace(made.request, ports=listed, publish_all=publish_all)
+        old = Attached(made.request, "bridge", ports=made.ports, publishing=made.publishing)
+        kept, fresh = shapes.keep_ports(made, request)
+        sockets: Sockets = []
+        with contextlib.ExitStack() as undo:
+            undo.callback(_close_all, sockets)
+            trial = Attached(fresh, "bridge", endpoints=made.endpoints)
+            if fresh.ports or fresh.publish_all:
+                self._publish(trial, sockets, undo)
+            undo.pop_all()
+        gone = Attached(made.request, "bridge", publishing=old.publishing)
+        gone.ports = [one for one in old.ports if one not in kept]
+        removed = shapes.redirects(gone)
+        if removed:
+            self._bridges.firewall.unpublish(self._bridges.filter, removed)
+        made.request = request
+        made.ports = [*kept, *trial.ports]
+        made.publishing = trial.publishing or made.publishing
+        self._records.write(made)
+        self._link.set(made, sockets)
+        pid = self._pids.get(workload_id)
+        if pid is not None and made.served:
+            self._records.write_pid(workload_id, pid)
+            self._link.started(workload_id, pid)
+        return self.settings(workload_id)
+
+    def rename(self, workload_id: str, name: str) -> None:
+        """The workload has another name: it is found by that one from now on."""
+        made = self._attached.get(workload_id)
+        if made is None:
+            return
+        made.request = replace(made.request, name=name.lstrip("/"))
+        for endpoint in made.endpoints:
+            if endpoint.names:
+                endpoint.names = shapes.dns_names(made.request, endpoint.request)
+        self._records.write(made)
+        if made.served:
+            self._link.set(made, [])
+
+    @contextlib.contextmanager
+    def _namespace(self, workload_id: str) -> Iterator[int]:
+        """A descriptor of a workload's network namespace, for the time of a `with`."""
+        held = self._namespaces.get(workload_id)
+        if held is not None:
+            yield held.fileno()
+            return
+        pid = self._pids.get(workload_id)
+        if pid is None:
+            raise Conflict(f"container {workload_id} is not running")
+        try:
+            fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise Conflict(f"container {workload_id} is not running") from None
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def settings(self, workload_id: str) -> dict[str, Any]:
         """Docker's NetworkSettings; the empty shape for what is not attached."""
@@ -417,12 +454,12 @@ class NetworkManager:
         shape["SandboxKey"] = f"/proc/{pid}/ns/net" if pid else ""
         if made.kind in ("host", "none"):
             identity = self._catalog.pseudo_id(made.kind)
-            shape["Networks"][made.kind] = {"NetworkID": identity, "EndpointID": "", "Gateway": ""}
+            shape["Networks"][made.kind] = shapes.pseudo_endpoint(identity)
             return shape
         shape["Ports"] = shapes.port_map(made)
         for endpoint in made.endpoints:
             active = self._bridges.active[endpoint.network]
-            one = shapes.endpoint_settings(made, endpoint, active)
+            one = shapes.endpoint_settings(endpoint, active)
             shape["Networks"][active.network.name] = one
             if active.network.default:
                 shape.update({key: one[key] for key in shape if key in one})
@@ -435,56 +472,84 @@ class NetworkManager:
 
         Returns after how many seconds it wants to be called again, None if not at all.
         """
-        default = self._bridges.active.get(self._catalog.default.id)
+        soon: float | None = None
+        if not self._link.flush():
+            if self.helpers():
+                soon = 0.02
+            else:
+                # Only that it may forget, and it is gone.
+                self._link.close()
         if self._lobby.filling:
             return 0.01
+        default = self._bridges.active.get(self._catalog.default.id)
         if default is not None and self._bridges.is_idle(default):
-            self._lobby.unwire(self._spare)
+            self._lobby.unwire(self._wiring.spare)
             default = None
         wait = self._bridges.sweep()
         self._bridges.recheck_docker()
-        cable: Callable[[], Cable] | None = self._plan_default if default is not None else None
-        self._lobby.fill(cable, self._spare)
-        return wait
+        plan = self._wiring.plan_default if default is not None else None
+        self._lobby.fill(plan, self._wiring.spare)
+        if wait is None or soon is None:
+            return soon if wait is None else wait
+        return min(wait, soon)
+
+    def helpers(self) -> _Processes:
+        """The processes the holder must supervise now: (name, argv, environment)."""
+        if any(made.served for made in self._attached.values()):
+            return [self._link.process()]
+        return []
+
+    def reconcile(self, live: Mapping[str, tuple[AttachRequest, int]]) -> None:
+        """Take over what an earlier engine of this installation left: once, at the start.
+
+        `live` are the running workloads; whatever belongs to nobody of them is removed.
+        """
+        for workload_id, (request, pid) in live.items():
+            made = self._records.read(workload_id)
+            if made is None:
+                # It ran before this boundary's records, or they were deleted: it keeps running,
+                # and its addresses are unknown to us.
+                made = Attached(request, "unknown")
+            known = {network.id for network in self._catalog.all()}
+            made.endpoints = [one for one in made.endpoints if one.network in known]
+            self._attached[workload_id] = made
+            self._pids[workload_id] = pid
+        used = {
+            endpoint.network: self._catalog.by_id(endpoint.network)
+            for made in self._attached.values()
+            for endpoint in made.endpoints
+        }
+        self._bridges.remove_leftovers([one.link for one in used.values()])
+        redirects = [one for made in self._attached.values() for one in shapes.redirects(made)]
+        if used:
+            self._bridges.adopt(used.values(), redirects)
+        for workload_id, made in self._attached.items():
+            for endpoint in made.endpoints:
+                self._bridges.active[endpoint.network].enter(workload_id, endpoint)
+        for workload_id in self._records.known() - set(live):
+            self._link.drop(workload_id)
+        self._records.sweep(set(live))
+        for workload_id, made in self._attached.items():
+            if made.served:
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    self._records.write_pid(workload_id, self._pids[workload_id])
 
     def close(self) -> None:
         """The engine ends: the lobby empties; what live workloads use stays, nothing else does."""
-        self._lobby.close(self._spare)
+        self._lobby.close(self._wiring.spare)
         for held in self._namespaces.values():
             held.close()
         self._namespaces.clear()
         for active in list(self._bridges.active.values()):
             if not active.endpoints:
                 self._bridges.down(active)
-        for taken in self._held.values():
-            for one in taken:
-                if one.held is not None:
-                    one.held.close()
-        self._held.clear()
+        if self.helpers():
+            self._link.close()
+        else:
+            self._link.forget()
         self._bridges.close()
 
 
-def _endpoint(cable: Cable, active: Active, asked: EndpointRequest = _NO_ENDPOINT) -> Endpoint:
-    addresses = {one.version: str(one.ip) for one in cable.addresses}
-    return Endpoint(
-        id=cable.endpoint,
-        network=active.network.id,
-        name=cable.name,
-        host_name=cable.host_name,
-        mac=cable.mac,
-        ipv4=addresses.get(4, ""),
-        ipv6=addresses.get(6, ""),
-        request=asked,
-    )
-
-
-def _default_routes(actives: list[tuple[Active, EndpointRequest]]) -> dict[int, Active]:
-    """Which network gives the default route of each version: highest priority, then by name."""
-    ordered = sorted(actives, key=lambda one: (-one[1].priority, one[0].network.name))
-    routes: dict[int, Active] = {}
-    for active, _ in ordered:
-        if active.network.internal:
-            continue
-        for version in active.pools:
-            routes.setdefault(version, active)
-    return routes
+def _close_all(sockets: Sockets) -> None:
+    for _, one in sockets:
+        one.close()

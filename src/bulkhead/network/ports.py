@@ -39,12 +39,12 @@ class Published:
     port: int
     address: str
     host_port: int
-    held: socket.socket | None
+    held: socket.socket
 
     @property
-    def version(self) -> int:
-        """The host side's IP version."""
-        return 6 if ":" in self.address else 4
+    def role(self) -> str:
+        """Its name towards network/helper.py."""
+        return f"{self.protocol} {self.address} {self.host_port}"
 
 
 def wishes(
@@ -100,7 +100,6 @@ def take(wanted: Iterable[Wish]) -> list[Published]:
         made: list[Published] = []
         for wish in wanted:
             for one in _take(wish):
-                assert one.held is not None
                 undo.callback(one.held.close)
                 made.append(one)
         undo.pop_all()
