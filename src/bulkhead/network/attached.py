@@ -225,7 +225,7 @@ def keep_ports(attached: Attached, wanted: AttachRequest) -> tuple[list[PortReco
     for text, bindings in wanted.ports.items():
         port, protocol = parse_port(text)
         rest = []
-        for binding in bindings:
+        for binding in bindings or ({},):
             found = [
                 one
                 for one in left

@@ -222,7 +222,9 @@ class Bridges:
                 raise
             present = rt.link(self.route, network.link)
             # One without alias: an engine that was killed before it had set it.
-            ours = not present.alias or present.alias.startswith(self._tag)
+            # Never one whose name a user chose: that may be somebody's own bridge.
+            fresh = not present.alias and network.link.startswith("bh")
+            ours = fresh or present.alias.startswith(self._tag)
             if present.kind != "bridge" or not ours:
                 raise Conflict(
                     f"network {network.name}: interface {network.link} exists and is not ours; "

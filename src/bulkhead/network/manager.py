@@ -17,19 +17,20 @@ from bulkhead.home import Home
 from bulkhead.linux import netns
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.network import attached as shapes
-from bulkhead.network import files, inner, ports
+from bulkhead.network import doctor, files, inner, ports
 from bulkhead.network.attached import Attached, Records
 from bulkhead.network.bridges import Bridges, Endpoint
 from bulkhead.network.catalog import NO_FILTERS, Catalog, DocumentStore
 from bulkhead.network.helperlink import HelperLink
 from bulkhead.network.lobby import Lobby
-from bulkhead.network.model import Attachment, AttachRequest, EndpointRequest
+from bulkhead.network.model import Attachment, AttachRequest, EndpointRequest, Finding
 from bulkhead.network.records import Network
 from bulkhead.network.wiring import Wiring, default_routes
 
 # The class has a method called list.
 _Shapes = list[dict[str, Any]]
 _Names = list[str]
+_Findings = list[Finding]
 _Processes = list[tuple[str, list[str], dict[str, str]]]
 Sockets = list[tuple[str, socket.socket]]
 
@@ -498,6 +499,10 @@ class NetworkManager:
         if any(made.served for made in self._attached.values()):
             return [self._link.process()]
         return []
+
+    def doctor(self) -> _Findings:
+        """What stands in the way of networks on this host."""
+        return doctor.examine(self._bridges.filter, self._bridges.firewall.name)
 
     def reconcile(self, live: Mapping[str, tuple[AttachRequest, int]]) -> None:
         """Take over what an earlier engine of this installation left: once, at the start.

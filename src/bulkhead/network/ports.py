@@ -58,7 +58,7 @@ def wishes(
     made = []
     for text, bindings in ports.items():
         port, protocol = parse_port(text)
-        for binding in bindings:
+        for binding in bindings or ({},):
             low, high = _host_range(binding.get("HostPort") or "")
             address = _host_address(binding.get("HostIp") or default_address)
             made.append(Wish(protocol, port, address, low, high))
