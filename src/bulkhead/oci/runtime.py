@@ -58,7 +58,7 @@ Uint64 = Annotated[int, Meta(ge=0)]
 class Root(_Part):
     """The root file system; `path` is relative to the bundle or absolute."""
 
-    path: str = "rootfs"
+    path: str
     readonly: bool = False
 
 
@@ -477,8 +477,10 @@ def decode(data: bytes | str) -> Spec:
 
 
 def encode(spec: Spec) -> bytes:
-    """`spec` as JSON; `ociVersion` is always written."""
+    """`spec` as JSON; what the specification requires is written though it is the default."""
     members = msgspec.to_builtins(spec)
+    if spec.process is not None:
+        members["process"]["cwd"] = spec.process.cwd
     return msgspec.json.encode({"ociVersion": spec.oci_version, **members})
 
 
