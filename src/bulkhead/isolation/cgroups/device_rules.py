@@ -7,6 +7,7 @@ and clears the exceptions; another adds to, or takes from, the exceptions' acces
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from bulkhead.errors import Invalid
 from bulkhead.linux import bpf
@@ -133,6 +134,23 @@ def transition(now: DeviceState, then: DeviceState) -> list[tuple[str, str]]:
         if stale:
             writes.append((take, render(key, stale)))
     return writes
+
+
+RuleKey = tuple[bool, str, int | None, int | None, str]
+
+
+def fresh_writes(rules: Iterable[DeviceCgroup]) -> tuple[tuple[str, bytes], ...]:
+    """Writes (file, line) that lead a v1 group that was just made to what `rules` mean."""
+    return _fresh_writes(tuple((r.allow, r.type_, r.major, r.minor, r.access) for r in rules))
+
+
+@lru_cache(maxsize=64)
+def _fresh_writes(keys: tuple[RuleKey, ...]) -> tuple[tuple[str, bytes], ...]:
+    state = reduce(DeviceCgroup(a, type_=t, major=m, minor=n, access=x) for a, t, m, n, x in keys)
+    if state.allow and not state.exceptions:
+        return ()  # whatever its parent allows
+    writes = transition(DeviceState(), state)
+    return tuple((file, line.encode()) for file, line in writes)
 
 
 def program(state: DeviceState) -> bytes:

@@ -16,7 +16,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ class HierarchyV1:
         with contextlib.ExitStack() as undo:
             self._make(path, undo)
             if resources is not None:
-                group.apply(resources)
+                group.limit(resources, fresh=True)
             undo.pop_all()
         return group
 
@@ -266,12 +266,18 @@ class GroupV1(Group):
 
     def apply(self, resources: Resources) -> None:
         """Set the limits that are given, leave the others."""
+        self.limit(resources, fresh=False)
+
+    def limit(self, resources: Resources, *, fresh: bool) -> None:
+        """`apply`; `fresh` if the group was just made: it allows what its parent does."""
         writes = convert.plan_v1(resources)
         for write in writes:
             reason = "" if write.optional else self._hierarchy.missing(write.controller)
             if reason:
                 raise Unsupported(f"{write.what or write.file}: {reason}", file=write.file)
-        if resources.devices:
+        if resources.devices and fresh:
+            self._write_devices(device_rules.fresh_writes(resources.devices))
+        elif resources.devices:
             self._apply_devices(device_rules.reduce(resources.devices))
         if resources.memory is not None:
             self._apply_memory(resources.memory)
@@ -338,14 +344,25 @@ class GroupV1(Group):
             now = device_rules.parse_list(files.get(f"{folder}/devices.list"))
         if now.allow and state.allow and not state.exceptions:
             return
-        with contextlib.ExitStack() as stack:
-            opened: dict[str, int] = {}
-            for file, line in device_rules.transition(now, state):
-                with files.explained(f"{folder}/{file}", line, "device rule"):
-                    if file not in opened:
-                        fd = OwnedFd(os.open(f"{folder}/{file}", os.O_WRONLY | os.O_CLOEXEC))
-                        opened[file] = stack.enter_context(fd).fileno()
-                    os.write(opened[file], line.encode())
+        writes = device_rules.transition(now, state)
+        self._write_devices([(file, line.encode()) for file, line in writes])
+
+    def _write_devices(self, writes: Sequence[tuple[str, bytes]]) -> None:
+        folder = self._folder("devices")
+        opened: dict[str, int] = {}
+        file, line = "", b""
+        try:
+            for file, line in writes:
+                fd = opened.get(file)
+                if fd is None:
+                    fd = opened[file] = os.open(f"{folder}/{file}", os.O_WRONLY | os.O_CLOEXEC)
+                os.write(fd, line)
+        except OSError as error:
+            place = f"{folder}/{file}"
+            raise files.translate(error, place, line.decode(), "device rule") from error
+        finally:
+            for fd in opened.values():
+                os.close(fd)
 
     def _freezer(self, state: str) -> None:
         folder = self._folder("freezer")
