@@ -6,7 +6,8 @@ registry, so that digests survive. Equal images give equal archives: times are 0
 """
 
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from typing import BinaryIO
 
 import msgspec
@@ -34,7 +35,7 @@ from bulkhead.oci.reference import Reference, parse
 FORMATS = ("docker", "oci")
 _LAYOUT = b'{"imageLayoutVersion": "1.0.0"}'
 _BLOCK = 512
-Fetch = Callable[[str, int, str], Iterator[bytes]]
+Fetch = Callable[[str, int, str], Generator[bytes, None, None]]
 """The exact bytes of a blob by digest, size and diff id ("" for what is no layer)."""
 
 
@@ -199,7 +200,8 @@ def _oci(
         tar.document(_blob(digest), data)
     for data in manifests.values():
         for blob, diff_id in blobs_with_diff_ids(catalog, data):
-            tar.add(_blob(blob.digest), blob.size, fetch(blob.digest, blob.size, diff_id))
+            with closing(fetch(blob.digest, blob.size, diff_id)) as pieces:
+                tar.add(_blob(blob.digest), blob.size, pieces)
     tar.end()
 
 

@@ -1,6 +1,7 @@
 """A blob's exact bytes, wherever they can be had: stored, made again, or fetched again."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 
 from bulkhead.errors import BulkheadError, NotFound
 from bulkhead.images.origins import Origins
@@ -22,7 +23,7 @@ def exact(
     *,
     config: Registries | None,
     cancel: Cancel | None = None,
-) -> Iterator[bytes]:
+) -> Generator[bytes, None, None]:
     """The blob of `size` bytes; `diff_id` "" if it is no layer.
 
     An evicted blob that another program compressed is fetched from a repository it came from;
@@ -39,8 +40,8 @@ def exact(
     except NotFound as error:
         gone = error
     for name in origins.of(digest):
-        with Repository(parse(name), config=config, cancel=cancel) as origin:
-            pieces = origin.blob(digest, size)
+        origin = Repository(parse(name), config=config, cancel=cancel)
+        with origin, closing(origin.blob(digest, size)) as pieces:
             try:
                 first = next(pieces, b"")
             except BulkheadError:

@@ -7,6 +7,7 @@ the start of unfinished blobs (resumed by the next one), and no name.
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from bulkhead.errors import Corrupt, NotFound
@@ -96,8 +97,10 @@ class Pull:
             return
         for blob in blobs_of(fetched.data, what):
             if not self.catalog.store.has(blob.digest):
-                with self.catalog.store.writer(blob.digest, blob.size) as writer:
-                    for piece in self.repository.blob(blob.digest, blob.size):
+                stream = self.repository.blob(blob.digest, blob.size)
+                writer = self.catalog.store.writer(blob.digest, blob.size)
+                with closing(stream), writer:
+                    for piece in stream:
                         writer.write(piece)
                     writer.commit()
         self.catalog.store.put(fetched.data)
@@ -156,21 +159,24 @@ class Pull:
         identity = short(layer.digest)
         meter = Meter(self.progress, "Downloading", identity, layer.size)
 
-        def chunks(offset: int) -> Iterable[bytes]:
-            meter.current = offset
-            return self.repository.blob(layer.digest, layer.size, offset)
-
         compression = compression_of(layer)
-        self.catalog.store.ingest(
-            chunks,
-            compression=compression,
-            digest=layer.digest,
-            diff_id=diff_id,
-            size=layer.size,
-            keep_blob=bool(compression) and self.keep_blobs,
-            resume=True,
-            progress=meter.reach,
-        )
+        with ExitStack() as undo:
+
+            def chunks(offset: int) -> Iterable[bytes]:
+                meter.current = offset
+                stream = self.repository.blob(layer.digest, layer.size, offset)
+                return undo.enter_context(closing(stream))
+
+            self.catalog.store.ingest(
+                chunks,
+                compression=compression,
+                digest=layer.digest,
+                diff_id=diff_id,
+                size=layer.size,
+                keep_blob=bool(compression) and self.keep_blobs,
+                resume=True,
+                progress=meter.reach,
+            )
         for text in ("Verifying Checksum", "Download complete", "Pull complete"):
             self.progress(status(text, identity, progressDetail={}))
 

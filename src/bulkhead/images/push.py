@@ -5,7 +5,7 @@ stands for. Images made here (commit, import, bootstrap, old docker archives) ke
 plain tar: those are compressed for the push, in a way that gives the same digests again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 
 from bulkhead.errors import NotFound
@@ -164,7 +164,7 @@ class Push:
         )
         report(status(text, identity, progressDetail={}))
 
-    def _bytes(self, blob: _Blob) -> Iterator[bytes]:
+    def _bytes(self, blob: _Blob) -> Generator[bytes, None, None]:
         """The blob, fetched again from where it came from if it was evicted."""
         return exact(
             self.catalog.store,

@@ -5,7 +5,7 @@ Progress goes to a callback as Docker's JSON messages ({"status", "id", "progres
 """
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO
 
@@ -201,7 +201,7 @@ class ImageService:
     def save(self, refs: Sequence[str], out: BinaryIO, format_: str = "docker") -> None:
         """Write an archive of the images `refs` to `out`: "docker" or "oci"."""
 
-        def fetch(digest: str, size: int, diff_id: str) -> Iterator[bytes]:
+        def fetch(digest: str, size: int, diff_id: str) -> Generator[bytes, None, None]:
             return exact(self.store, self.origins, digest, size, diff_id, config=self._registries)
 
         archive_write.save(self.catalog, [*refs], out, format_, fetch)

@@ -5,8 +5,8 @@ to the registry itself. Nothing here is trusted: sizes bound what is read, diges
 whoever stores the bytes (manifests here).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -182,8 +182,8 @@ class Repository:
 
         return self._each(fetch)
 
-    def blob(self, digest: str, size: int, offset: int = 0) -> Iterator[bytes]:
-        """The blob's bytes from `offset` on, exactly up to `size`.
+    def blob(self, digest: str, size: int, offset: int = 0) -> Generator[bytes, None, None]:
+        """The blob's bytes from `offset` on, exactly up to `size`; close it if you stop early.
 
         A broken connection is resumed where it broke, with back-off, as long as bytes keep coming;
         Unavailable after five attempts in vain, Corrupt for more or fewer bytes. Whoever stores
@@ -204,17 +204,18 @@ class _Download:
         self._size = size
         self._what = f"blob {digest} of {repository.reference.familiar_name}"
 
-    def chunks(self, offset: int) -> Iterator[bytes]:
+    def chunks(self, offset: int) -> Generator[bytes, None, None]:
         """Bytes from `offset` to the end."""
         position, attempt = offset, 0
         while position < self._size or not self._size:
             transport = self._transports[0]
             failure: BulkheadError
             try:
-                for piece in self._once(transport, position):
-                    position += len(piece)
-                    attempt = 0
-                    yield piece
+                with closing(self._once(transport, position)) as pieces:
+                    for piece in pieces:
+                        position += len(piece)
+                        attempt = 0
+                        yield piece
                 if position >= self._size:
                     return
                 failure = Interrupted(f"{self._what} ended after {position} of {self._size} bytes")
@@ -233,7 +234,7 @@ class _Download:
             clock = self._repository.clock
             clock.sleep(delay(attempt - 1, clock), self._repository.cancel)
 
-    def _once(self, transport: Transport, position: int) -> Iterator[bytes]:
+    def _once(self, transport: Transport, position: int) -> Generator[bytes, None, None]:
         """What one request gives from `position` on; Corrupt for more than there should be."""
         repository = self._repository
         call = Call(
@@ -244,8 +245,7 @@ class _Download:
             headers={"Range": f"bytes={position}-"} if position else {},
             accept=frozenset({200, 206}),
         )
-        with ExitStack() as undo:
-            answer = undo.enter_context(transport.send(call))
+        with transport.send(call) as answer:
             skip = self._start(answer, position)
             while piece := answer.read(_PIECE):
                 if skip:

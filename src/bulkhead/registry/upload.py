@@ -5,7 +5,8 @@ resumed where the registry says it got to (distribution-spec, "Pushing a blob in
 """
 
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 
 from bulkhead.errors import Corrupt, Invalid, NotFound, Unavailable
 from bulkhead.oci.distribution import upload_offset
@@ -19,7 +20,7 @@ CHUNK = 8 << 20
 _LARGEST_CHUNK = 64 << 20
 _ATTEMPTS = 5
 
-Source = Callable[[], Iterator[bytes]]
+Source = Callable[[], Generator[bytes, None, None]]
 """Gives the blob's bytes from the start, each time it is called."""
 
 
@@ -133,7 +134,8 @@ class Upload:
     def _transfer(self, location: str) -> None:
         self._sent(0)
         if self._size <= self._chunk:
-            data = b"".join(self._source())
+            with closing(self._source()) as pieces:
+                data = b"".join(pieces)
             if len(data) != self._size:
                 raise Corrupt(f"{self._what}: {len(data)} bytes to send, {self._size} expected")
             with self._send("PUT", self._final(location), data, {201, 202, 204}) as answer:
@@ -152,10 +154,11 @@ class Upload:
     def _chunks(self, location: str) -> str:
         """PATCH after PATCH; the location for the final PUT."""
         offset = 0
-        for data in gathered(self._source(), self._chunk):
-            location = self._patch(location, data, offset)
-            offset += len(data)
-            self._sent(offset)
+        with closing(self._source()) as pieces:
+            for data in gathered(pieces, self._chunk):
+                location = self._patch(location, data, offset)
+                offset += len(data)
+                self._sent(offset)
         if offset != self._size:
             raise Corrupt(f"{self._what}: {offset} bytes to send, {self._size} expected")
         return location
