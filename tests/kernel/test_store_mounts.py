@@ -322,6 +322,22 @@ def test_missing_and_damaged(store: ContentStore, tmp_path: Path) -> None:
             mounts.lowers([layer.diff_id])
 
 
+def test_collected_and_stored_again(store: ContentStore, tmp_path: Path) -> None:
+    """A layer that was collected and comes back is there again, in every form."""
+    for form in ("file", "tree"):
+        if form == "file":
+            _usable("file", tmp_path)
+        data = a.file(b"f", form.encode()) + a.END
+        diff_id = a.ingest(store, data).diff_id
+        with layer_mounts(store, tmp_path / f"run-{form}", form) as mounts:
+            (first,) = mounts.lowers([diff_id])
+            assert Path(first, "f").read_text() == form
+            store.gc(lambda: ())
+            a.ingest(store, data)
+            (again,) = mounts.lowers([diff_id])
+            assert Path(again, "f").read_text() == form
+
+
 def test_store_on_an_overlay(tmp_path: Path) -> None:
     """Where the store's file system is an overlay the next form is taken by itself."""
     for name in ("lower", "upper", "work", "merged"):

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 
-from bulkhead.errors import Corrupt, NotFound, Unsupported
+from bulkhead.errors import Corrupt, Internal, NotFound, Unsupported
 from bulkhead.linux import loop, mounts
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.store import tree
@@ -30,6 +30,9 @@ _NEXT_FORM = frozenset(
     )
 )  # fmt: skip
 """What says "not in this form here" and not "this image is bad"."""
+
+
+_BAD_IMAGE = frozenset((errno.EINVAL, errno.EUCLEAN, errno.EBADMSG, errno.EIO))
 
 
 class LayerMounts:
@@ -55,10 +58,9 @@ class LayerMounts:
         found: dict[str, None] = {}
         for diff_id in reversed(diff_ids):
             path = self._ready.get(diff_id)
-            if path is None:
+            if path is None or (path.endswith("/tree") and not os.path.isdir(path)):
                 with self._lock:
-                    path = self._ready.get(diff_id) or self._provide(diff_id)
-                    self._ready[diff_id] = path
+                    path = self._ready[diff_id] = self._provide(diff_id)
             found[path] = None
         return tuple(found)
 
@@ -79,9 +81,10 @@ class LayerMounts:
             except OSError as error:
                 with suppress(OSError):
                     os.rmdir(target)
-                if error.errno not in _NEXT_FORM:
-                    raise Corrupt(
-                        f"layer {diff_id}: the kernel refuses {layer.path}: {error.strerror}"
+                if error.errno not in _NEXT_FORM or not os.path.exists(layer.path):
+                    kind = Corrupt if error.errno in _BAD_IMAGE else Internal
+                    raise kind(
+                        f"layer {diff_id}: mounting {layer.path} failed: {error.strerror}"
                     ) from error
                 refusals.append(f"{form}: {error.strerror}")
                 del self._forms[0]
