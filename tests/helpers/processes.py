@@ -186,11 +186,12 @@ async def rig(directory: Path, *, keeper: bool = False, idle_s: int = 10) -> Asy
         for pid in it.pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        await client.close()
+        # The test may have put others in the place of those of the beginning.
+        await it.keeper.close()
         with contextlib.suppress(Exception):
-            await within(holder.connect())
-        await within(holder.shutdown(force=True))
-        await holder.close()
+            await within(it.holder.connect())
+        await within(it.holder.shutdown(force=True))
+        await it.holder.close()
         await all_gone(str(directory))
 
 

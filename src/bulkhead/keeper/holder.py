@@ -328,6 +328,8 @@ class HolderClient:
                 data, fds, _, _ = socket.recv_fds(sock, _MAX_PACKET, 16, socket.MSG_DONTWAIT)
             except (BlockingIOError, InterruptedError):
                 return
+            except ConnectionResetError:
+                continue  # said once, before what the dead holder had sent
             except OSError:
                 data, fds = b"", []
             if len(data) < MESSAGE.size:

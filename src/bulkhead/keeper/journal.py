@@ -19,7 +19,8 @@ One portion of output goes through these phases:
 A new keeper finds MOVED: it goes on as if it had just moved the bytes. PLANNED with the log as long
 as planned: the log has it, only the unfinished line is written again. PLANNED otherwise: the log is
 cut back to its size before, then as MOVED. LOGGED with staging not empty: only the forwarding is
-in doubt, and is done again.
+in doubt, and is done again. (PLANNED with staging empty: the end of a stream was flushed, whose
+unfinished line became a record.)
 
 Log files are json-file's: {"log": text, "stream": name, "time": RFC 3339} per line; lines above
 16 KiB are cut into records without a newline. Bytes that are not UTF-8 are written as lone

@@ -22,7 +22,7 @@ if __name__ == "__main__":  # run by path, isolated: the package's folder is not
 from bulkhead.keeper import journal
 from bulkhead.keeper.journal import IDLE, Journal, complain
 from bulkhead.keeper.loop import READ, WRITE, Loop
-from bulkhead.keeper.pump import REATTACH_S, Attachment, Workload, attached_ids
+from bulkhead.keeper.pump import REATTACH_S, Attachment, Workload
 
 # The holder's messages: native/holder.h.
 _MESSAGE = struct.Struct("=IIiI")
@@ -78,15 +78,19 @@ def _fds_of(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
 
 def _receive(sock: _socket.socket) -> tuple[bytes, list[int]] | None:
     """A packet with its descriptors (close-on-exec), None if there is none yet, b"" at the end."""
-    try:
-        data, ancillary, _, _ = sock.recvmsg(
-            _MAX_PACKET, _socket.CMSG_SPACE(16 * _INT.size), _socket.MSG_DONTWAIT
-        )
-    except (BlockingIOError, InterruptedError):
-        return None
-    except OSError:
-        return b"", []
-    return data, _fds_of(ancillary)
+    for _ in range(2):
+        try:
+            data, ancillary, _, _ = sock.recvmsg(
+                _MAX_PACKET, _socket.CMSG_SPACE(16 * _INT.size), _socket.MSG_DONTWAIT
+            )
+        except (BlockingIOError, InterruptedError):
+            return None
+        except ConnectionResetError:
+            continue  # said once, before what the dead peer had sent
+        except OSError:
+            break
+        return data, _fds_of(ancillary)
+    return b"", []
 
 
 class HolderLink:
@@ -96,6 +100,7 @@ class HolderLink:
         self._keeper = keeper
         self._sock: _socket.socket | None = None
         self._syncing: list[Callable[[], None]] = []
+        self._waiting: list[Callable[[], None]] = []
 
     def connect(self) -> bool:
         """Connect and take over what the holder keeps; False if there is no holder."""
@@ -147,20 +152,23 @@ class HolderLink:
                 keeper.exited(body[_ENTRY.size : _ENTRY.size + id_size])
         elif kind == _REPLY and number == 2:
             keeper.taken_over()
+            waiting, self._waiting = self._waiting, []
+            for callback in waiting:
+                callback()
         elif kind == _REPLY and self._syncing and number >= _SYNC:
             self._syncing.pop(0)()
 
     def sync(self, callback: Callable[[], None]) -> None:
         """Call back once every entry launched before now is known here."""
         if self._sock is None:
-            callback()
+            self._waiting.append(callback)  # for the next holder
             return
         self._syncing.append(callback)
         try:
             # Any request will do, its reply comes after what the holder had sent before.
             self._sock.send(_MESSAGE.pack(_CLOSE_KEPT, _SYNC, 0, 0), _socket.MSG_NOSIGNAL)
         except OSError as error:
-            complain(f"holder: {error}")  # _lost() will call back
+            complain(f"holder: {error}")  # _lost() keeps it for the next
 
     def _lost(self) -> None:
         assert self._sock is not None
@@ -168,9 +176,8 @@ class HolderLink:
         self._sock.close()
         self._sock = None
         self._keeper.holder_lost()
-        syncing, self._syncing = self._syncing, []
-        for callback in syncing:
-            callback()
+        self._waiting += self._syncing
+        self._syncing = []
 
     def close_kept(self, identity: bytes, index: int) -> None:
         """Have the holder close its copies."""
@@ -304,7 +311,11 @@ class Client:
             self._keeper.holder.sync(lambda: self._give_up(number))
         if workload is not None:
             workload.attach(attachment)
-            self._keeper.note_attached()
+        self._keeper.note_attached()
+
+    def attached_to(self) -> list[bytes]:
+        """The workload of each attachment, also of those that wait for theirs."""
+        return [identity for _, _, identity in self._attachments.values()]
 
     def adopted(self, workload: Workload) -> None:
         """Connect the attachments that have waited for this workload."""
@@ -483,7 +494,11 @@ class Keeper:
 
     def note_attached(self) -> None:
         """Tell the journal who is attached, so that the next keeper waits for them."""
-        self._journal.note_attached(attached_ids(self.workloads.values()))
+        ids = [identity for client in self._clients for identity in client.attached_to()]
+        for workload in self.workloads.values():
+            # Those that a keeper before this one had, and that are not back yet.
+            ids += [workload.id] * (workload.held - len(workload.attachments))
+        self._journal.note_attached(ids)
 
     def release(self, identity: bytes) -> None:
         """Forget a workload, whatever its state."""

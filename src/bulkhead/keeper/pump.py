@@ -11,7 +11,7 @@ import os
 import select
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from bulkhead.keeper import journal
 from bulkhead.keeper.journal import IDLE, LOGGED, MOVED, PLANNED, Journal, LogFile
@@ -151,15 +151,17 @@ class Workload:
         journal.settle()
         data = journal.staged()
         log = self.log
-        if phase == PLANNED and (not data or log.size == after):
-            if data:
-                partial = (
-                    data[len(data) - new :]
-                    if new <= len(data)
-                    else (log.partial[stream][:old] + data)
-                )
-                log.set_partial(stream, partial, 0)
-                self.forward(stream, data)
+        if phase == PLANNED and not data:
+            # The end of the stream was flushed: its unfinished line became a record.
+            if log.size == after:
+                log.set_partial(stream, b"", 0)
+            else:
+                log.cut_back(before)
+            self.book.finish()
+        elif phase == PLANNED and log.size == after:
+            rest = data[len(data) - new :] if new <= len(data) else log.partial[stream][:old] + data
+            log.set_partial(stream, rest, 0)
+            self.forward(stream, data)
             self.book.finish()
         elif phase == LOGGED:
             self.forward(stream, data)
@@ -567,8 +569,3 @@ def filter_keys(attachment: Attachment, data: bytes) -> tuple[bytes, bool]:
                 continue
         out.append(value)
     return bytes(out), False
-
-
-def attached_ids(workloads: Iterable[Workload]) -> list[bytes]:
-    """The id of each attachment's workload, once per attachment."""
-    return [w.id for w in workloads for _ in w.attachments]
