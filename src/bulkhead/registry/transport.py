@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import urllib3
-from urllib3.exceptions import HTTPError, NewConnectionError, SSLError
+from urllib3.exceptions import HTTPError, InsecureRequestWarning, NewConnectionError, SSLError
 
 from bulkhead.errors import BulkheadError, Denied, Invalid, NotFound, Unavailable
 from bulkhead.oci.distribution import error_text
@@ -98,6 +98,8 @@ class Transport:
     def _new_pool(self, proxy: str) -> urllib3.PoolManager:
         if self._tls is None:
             self._tls = context_for(self.endpoint)
+        if not self.endpoint.verify:  # the user said so, in writing
+            urllib3.disable_warnings(InsecureRequestWarning)
         timeout = urllib3.Timeout(connect=self.limits.connect_s, read=self.limits.read_s)
         if proxy:
             return urllib3.ProxyManager(proxy, ssl_context=self._tls, timeout=timeout, maxsize=8)
