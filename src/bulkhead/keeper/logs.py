@@ -56,7 +56,7 @@ def decode(line: bytes) -> Record | None:
         text = raw["log"]
         record = Record(_STREAMS[raw["stream"]], _to_bytes(text), raw["time"])
         parse_time(record.time)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return record
 
