@@ -11,6 +11,7 @@ import stat
 from signal import SIGKILL
 from typing import Any
 
+from bulkhead.boundaries import container_idmap
 from bulkhead.boundaries.container_exec import exec_template
 from bulkhead.boundaries.container_plan import Ground, plan_launch
 from bulkhead.boundaries.container_process import candidates
@@ -36,9 +37,8 @@ from bulkhead.linux import namespaces as kernel_namespaces
 from bulkhead.linux import overlayfs, pidfd, procfs
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.linux.terminals import window_size
-from bulkhead.oci.runtime import Process, Resources, Spec, validate_process
+from bulkhead.oci.runtime import Mount, Process, Resources, Spec, validate_process
 
-_ROOT_PREPARED = frozenset({"root"})
 _OPTIONAL = frozenset({"pausable", "updatable", "measured"})
 
 
@@ -184,11 +184,15 @@ class Container:
         if self._root is not None:
             await self.ended()
         with contextlib.ExitStack() as undo:
-            root = await self._take_root()
+            prepared = await self._prepare_mapped(undo)
+            root = prepared.pop("root", None)
+            if "userns" not in prepared:
+                root = await self._take_root()
             unmount = undo.enter_context(contextlib.ExitStack())
             if root is not None:
                 unmount.callback(root.close)
-            request = self._launch_request(stdio, undo, root)
+                prepared["root"] = root
+            request = self._launch_request(stdio, undo, prepared)
             launched = await self.boundary.launcher.launch(request)
             unmount.pop_all()
         self._root = root
@@ -196,6 +200,34 @@ class Container:
         self._started = 0
         self._pidfd = launched.pidfd
         return launched
+
+    async def _prepare_mapped(self, undo: contextlib.ExitStack) -> dict[str, OwnedFd]:
+        """For a container with a user namespace: that, the root, the sysfs, mapped binds.
+
+        The root is the caller's to close, the others are closed by `undo`.
+        """
+        spec, bundle = self.bundle.spec, self.bundle
+        user = spec.linux.namespace("user")
+        made: dict[str, OwnedFd] = {}
+        if user is None:
+            return made
+        if user.path:
+            made["userns"] = kernel_namespaces.open_namespace(user.path)
+        else:
+            made["userns"] = await container_idmap.make_user_namespace(
+                self.boundary.launcher,
+                bundle.id,
+                spec.linux.uid_mappings,
+                spec.linux.gid_mappings,
+            )
+        undo.callback(made["userns"].close)
+        for position, mount in enumerate(spec.mounts):
+            fd = await asyncio.to_thread(_prepare_mount, spec, mount, made["userns"])
+            if fd is not None:
+                made[f"mount{position}"] = fd
+                undo.callback(fd.close)
+        made["root"] = await asyncio.to_thread(_mapped_root, bundle, made["userns"])
+        return made
 
     def prepare(self) -> None:
         """Begin to mount the root in a thread, for a `start` that follows soon."""
@@ -218,7 +250,7 @@ class Container:
         return await asyncio.to_thread(_mount_overlay, rootfs)
 
     def _launch_request(
-        self, stdio: Stdio, undo: contextlib.ExitStack, root: OwnedFd | None
+        self, stdio: Stdio, undo: contextlib.ExitStack, prepared: dict[str, OwnedFd]
     ) -> LaunchRequest:
         boundary, bundle, spec = self.boundary, self.bundle, self.bundle.spec
         kinds = source_kinds(spec)
@@ -231,14 +263,13 @@ class Container:
             joins=len(joins),
             directories=kinds,
             views=tuple(sorted(views)),
-            prepared=frozenset() if root is None else _ROOT_PREPARED,
+            prepared=frozenset(prepared),
         )
         template = boundary.templates.launch(spec, bundle.rootfs, ground, terminal=stdio.terminal)
         data = template.fill(spec, bundle.rootfs, views, stdio)
         given: dict[str, int] = {f"join{i}": int(fd) for i, fd in enumerate(joins)}
         given |= self._streams(stdio)
-        if root is not None:
-            given["root"] = int(root)
+        given |= {key: int(fd) for key, fd in prepared.items()}
         for kind, path in namespaces.paths(spec.linux).items():
             given[f"ns-{kind}"] = _open_namespace(kind, path, undo)
         cgroup_fd = self._clone_fd(undo)
@@ -251,8 +282,6 @@ class Container:
             record=f"{bundle.directory}/exit.json",
             keep=stdio.keep,
             meta=stdio.meta,
-            uid_map=idmap.to_text(spec.linux.uid_mappings),
-            gid_map=idmap.to_text(spec.linux.gid_mappings),
             cgroup_fd=cgroup_fd,
         )
 
@@ -417,11 +446,58 @@ def _mount_overlay(rootfs: Rootfs) -> OwnedFd:
             root_plan.overlay_options(rootfs.lowers, rootfs.upper, rootfs.work),
         )
     except OSError as error:
-        raise LaunchFailed(
-            f"{root_plan.OVERLAY_STEP}: {os.strerror(error.errno or 0)}",
-            step=root_plan.OVERLAY_STEP,
-            errno=error.errno or 0,
-        ) from error
+        raise _step_failed(root_plan.OVERLAY_STEP, error) from error
+
+
+def _mapped_root(bundle: Bundle, userns: OwnedFd) -> OwnedFd:
+    linux = bundle.spec.linux
+    owner = idmap.to_host(linux.uid_mappings, 0), idmap.to_host(linux.gid_mappings, 0)
+    if owner[0] is None or owner[1] is None:
+        raise Invalid("linux.uidMappings, gidMappings: id 0 must be mapped")
+    try:
+        return container_idmap.mapped_root(bundle.rootfs, userns, (owner[0], owner[1]))
+    except OSError as error:
+        raise _step_failed(f"{root_plan.OVERLAY_STEP} with mapped ids", error) from error
+
+
+def _prepare_mount(spec: Spec, mount: Mount, userns: OwnedFd) -> OwnedFd | None:
+    """A mount that a child in a user namespace cannot make: sysfs of a network namespace that is
+    not its own, and binds, to whose source it may have no way.
+    """
+    options = mounts.parse(mount.options)
+    try:
+        if mount.type_ == "sysfs":
+            network = spec.linux.namespace("network")
+            if network is not None and not network.path:
+                return None
+            path = network.path if network is not None else "/proc/self/ns/net"
+            with kernel_namespaces.open_namespace(path) as fd:
+                return container_idmap.sysfs_of(int(fd), options.attributes)
+        if mounts.is_bind(mount):
+            return _clone_source(mount, options, userns)
+    except OSError as error:
+        raise _step_failed(f"mount {mount.type_} on {mount.destination}", error) from error
+    return None
+
+
+def _clone_source(mount: Mount, options: mounts.Options, userns: OwnedFd) -> OwnedFd:
+    recursive = options.recursive_bind
+    if options.idmap:
+        clone = container_idmap.mapped_tree(mount.source, userns, recursive=recursive)
+    else:
+        clone = kernel_mounts.clone_tree(mount.source, recursive=recursive)
+    with contextlib.ExitStack() as undo:
+        undo.callback(clone.close)
+        if not options.propagation:
+            private = kernel_mounts.MS_PRIVATE
+            kernel_mounts.set_attributes(int(clone), propagation=private, recursive=True)
+        undo.pop_all()
+    return clone
+
+
+def _step_failed(step: str, error: OSError) -> LaunchFailed:
+    errno = error.errno or 0
+    return LaunchFailed(f"{step}: {os.strerror(errno)}", step=step, errno=errno)
 
 
 def _open_namespace(kind: str, path: str, undo: contextlib.ExitStack) -> int:

@@ -11,6 +11,7 @@ from bulkhead.boundaries import container_process as common
 from bulkhead.boundaries.container_plan import Template
 from bulkhead.boundaries.container_process import FdTable, Filter
 from bulkhead.isolation import credentials, tty
+from bulkhead.isolation.namespaces import plan_become_root
 from bulkhead.linux import namespaces as kernel
 from bulkhead.linux import prctl
 from bulkhead.linux.mounts import AT_FDCWD
@@ -50,6 +51,8 @@ def exec_template(
         common.plan_oom_score(program, wanted, oom_score_adj, proc)
     flags = joined(spec)
     program.call("enter the container's namespaces", "setns", fds.fd("target"), flags)
+    if flags & kernel.NEWUSER:
+        plan_become_root(program)
     if flags & kernel.NEWPID:
         program.fork("enter the pid namespace")
     open_flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC

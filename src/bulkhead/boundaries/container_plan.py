@@ -123,10 +123,14 @@ class _Planner:
         # First of all: until 0, 1 and 2 are taken, an open would get one of these numbers.
         common.plan_streams(program, self.fds)
         program.call("clear the umask", "umask", 0)
-        self._join()
+        proc = common.plan_host_proc(program) if self._needs_host_proc() else None
+        if proc is not None:
+            common.plan_oom_score(
+                program, self.process.oom_score_adj, self.ground.oom_score_adj, proc
+            )
+        self._join(proc)
         slave = self._slave()
         root_plan.plan_private(program, slave=slave)
-        proc = common.plan_host_proc(program) if self._needs_host_proc() else None
         tree = Tree(program, self._root())
         for position, mount in enumerate(self.spec.mounts):
             self._mount(tree, position, mount, slave=slave)
@@ -139,10 +143,6 @@ class _Planner:
                 program, f"make {destination} read-only", mount_slot, set_=kernel.ATTR_RDONLY
             )
         self._names()
-        if proc is not None:
-            common.plan_oom_score(
-                program, self.process.oom_score_adj, self.ground.oom_score_adj, proc
-            )
         self._pivot(tree)
         credentials.plan_session(program)
         if slave_end is not None:
@@ -159,9 +159,18 @@ class _Planner:
     def _needs_host_proc(self) -> bool:
         wanted = self.process.oom_score_adj
         inherited = self.ground.oom_score_adj
-        return (wanted is not None and wanted != inherited) or common.has_label(self.process)
+        scored = wanted is not None and wanted != inherited
+        return scored or common.has_label(self.process) or bool(self._foreign_sysctls())
 
-    def _join(self) -> None:
+    def _foreign_sysctls(self) -> dict[str, str]:
+        """Settings of a network namespace that the user namespace does not own."""
+        network = self.linux.namespace("network")
+        if not self.userns or network is None or not network.path:
+            return {}
+        settings = self.linux.sysctl.items()
+        return {name: value for name, value in settings if name.startswith(("net.", "net/"))}
+
+    def _join(self, proc: Slot | None) -> None:
         """Control groups, then the namespaces of others, then those that come late."""
         program = self.program
         for position in range(self.ground.joins):
@@ -173,9 +182,14 @@ class _Planner:
         if pid is None or pid.path:
             # Others in its PID namespace must not look into it while it holds the host's files.
             program.call("become undumpable", "prctl", prctl.SET_DUMPABLE, 0, 0, 0, 0)
+        foreign = self._foreign_sysctls()
+        if foreign and proc is not None:
+            sysctl.plan(program, foreign, proc)
+        if self.userns:
+            namespaces.plan_user(program, self.fds.fd("userns"), self.linux)
         if pid is not None and pid.path:
             program.fork("enter the pid namespace")
-        if _is_new(self.linux.namespace("cgroup")):
+        if not self.userns and _is_new(self.linux.namespace("cgroup")):
             namespaces.plan_cgroup(program)
         if _is_new(self.linux.namespace("time")):
             namespaces.plan_time(program, self.linux.time_offsets)
@@ -218,6 +232,15 @@ class _Planner:
         mount = _clean(mount)
         if mounts.is_bind(mount):
             self._bind(tree, position, mount, slave=slave)
+        elif f"mount{position}" in self.ground.prepared:
+            made = self.fds.fd(f"mount{position}")
+            tree.attach(
+                f"mount {mount.type_} on {mount.destination}",
+                made,
+                mount.destination,
+                directory=True,
+            )
+            tree.made(mount.destination, made)
         elif mount.type_ in ("cgroup", "cgroup2"):
             self._cgroup(tree, mount)
         else:
@@ -298,6 +321,8 @@ class _Planner:
             return
         own: set[str] = {n.type_ for n in self.linux.namespaces}
         sysctl.check(settings, own)
+        foreign = self._foreign_sysctls()
+        settings = {name: value for name, value in settings.items() if name not in foreign}
         if self.made.proc is None:
             raise Unsupported("linux.sysctl needs a proc file system at /proc")
         sysctl.plan(self.program, settings, self.made.proc)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from bulkhead.linux import mounts as kernel
 from bulkhead.linux.openat2 import HOW_SIZE
-from bulkhead.linux.program import Program, Slot
+from bulkhead.linux.program import Fd, Program, Slot
 from bulkhead.linux.tree import OPEN_ANY, OPEN_DIRECTORY, Tree
 
 _FILES = frozenset(
@@ -49,7 +49,7 @@ class Masks:
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
         self.program: Program = tree.program
-        self._cwd: Slot | None = None
+        self._cwd: Slot | Fd | None = None
 
     def plan(self, masked: Sequence[str], readonly: Sequence[str]) -> None:
         """Cover `masked`, protect `readonly`; what does not exist is left out."""
@@ -63,7 +63,7 @@ class Masks:
         for path in (p for p in readonly if self._in("/proc", p) is None):
             self._protect(path)
 
-    def _in(self, point: str, path: str) -> tuple[Slot, str] | None:
+    def _in(self, point: str, path: str) -> tuple[Slot | Fd, str] | None:
         """(mount, relative path) if `path` is in the file system we made at `point`."""
         own, at = self.tree.own(path), self.tree.own(point)
         if own is None or at is None or at[1] or own[0] != at[0] or not own[1]:
@@ -98,7 +98,7 @@ class Masks:
             step, "mount_setattr", at[0], "", kernel.AT_EMPTY_PATH, opened, kernel.ATTR_SIZE
         )
 
-    def _enter(self, mount: Slot) -> None:
+    def _enter(self, mount: Slot | Fd) -> None:
         if self._cwd != mount:
             self.program.call("enter the file system to mask", "fchdir", mount)
             self._cwd = mount
@@ -185,7 +185,7 @@ class Masks:
             self._attach_readonly(step, clone, target, "", kernel.MOVE_MOUNT_T_EMPTY_PATH)
 
     def _attach_readonly(
-        self, step: str, clone: Slot, at: Slot, name: str, extra_flags: int
+        self, step: str, clone: Slot, at: Slot | Fd, name: str, extra_flags: int
     ) -> None:
         flags = kernel.AT_EMPTY_PATH | kernel.AT_RECURSIVE
         data = kernel.mount_attr(set_=kernel.ATTR_RDONLY)

@@ -14,20 +14,39 @@ _BORN = ("user", "mount", "pid", "network", "uts", "ipc")
 """New ones that clone3(2) makes. The cgroup namespace must wait until the child is in its cgroup;
 the time namespace until its offsets are written.
 """
-_JOIN_ORDER = ("user", "mount", "pid", "uts", "ipc", "network", "cgroup", "time")
-"""The user namespace first: it gives the right to enter the others it owns."""
+_IN_USER = ("mount", "pid", "network", "uts", "ipc", "cgroup")
+_JOIN_ORDER = ("pid", "uts", "ipc", "network", "cgroup", "time")
+"""The user namespace is entered after those that are the host's or another container's."""
 Clock = Literal["boottime", "monotonic"]
 
 
 def clone_flags(linux: Linux) -> int:
-    """The CLONE_NEW* flags the child is born with."""
+    """The CLONE_NEW* flags the child is born with: none if it enters a user namespace first."""
     flags = 0
     for namespace in linux.namespaces:
         if not namespace.path and namespace.type_ in _BORN:
             flags |= kernel.FLAGS[namespace.type_]
     if not flags & kernel.NEWNS:
         raise Invalid("a container needs a mount namespace of its own (linux.namespaces: mount)")
-    return flags
+    return 0 if linux.namespace("user") is not None else flags
+
+
+def plan_user(program: Program, user: Fd, linux: Linux) -> None:
+    """Enter the user namespace `user`, become its root, make the other namespaces in it."""
+    program.call("enter the user namespace", "setns", user, kernel.NEWUSER)
+    plan_become_root(program)
+    kinds = [n.type_ for n in linux.namespaces if not n.path and n.type_ in _IN_USER]
+    flags = sum(kernel.FLAGS[kind] for kind in kinds)
+    program.call(f"new {', '.join(kinds)} namespaces", "unshare", flags)
+    if "pid" in kinds:
+        program.fork("enter the pid namespace")
+
+
+def plan_become_root(program: Program) -> None:
+    """Be user and group 0 of the user namespace that was entered."""
+    program.call("become group 0 inside", "setresgid", 0, 0, 0)
+    program.call("clear the supplementary groups", "setgroups", 0, None)
+    program.call("become user 0 inside", "setresuid", 0, 0, 0)
 
 
 def paths(linux: Linux) -> dict[str, str]:

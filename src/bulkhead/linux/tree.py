@@ -16,7 +16,7 @@ from bulkhead.linux.mounts import (
     MOVE_MOUNT_T_EMPTY_PATH,
 )
 from bulkhead.linux.openat2 import HOW_SIZE, IN_ROOT, NO_MAGICLINKS, open_how
-from bulkhead.linux.program import Argument, Program, Slot
+from bulkhead.linux.program import Argument, Fd, Program, Slot
 
 _RESOLVE = IN_ROOT | NO_MAGICLINKS
 OPEN_DIRECTORY = open_how(os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, _RESOLVE)
@@ -30,9 +30,9 @@ class Tree:
     def __init__(self, program: Program, root: Argument) -> None:
         self.program = program
         self.root = root
-        self._points: dict[str, Slot | None] = {}
+        self._points: dict[str, Slot | Fd | None] = {}
 
-    def made(self, path: str, mount: Slot) -> None:
+    def made(self, path: str, mount: Slot | Fd) -> None:
         """Say that `mount`, attached at `path`, is a new file system with nothing foreign in it."""
         self._forget(path)
         self._points[path] = mount
@@ -47,7 +47,7 @@ class Tree:
         for known in [p for p in self._points if p == path or p.startswith(below)]:
             del self._points[known]
 
-    def own(self, path: str) -> tuple[Slot, str] | None:
+    def own(self, path: str) -> tuple[Slot | Fd, str] | None:
         """The file system of our own that `path` lies in, and the path in it; None if foreign."""
         at = path
         while at not in self._points:
@@ -90,7 +90,7 @@ class Tree:
             self._attach_resolved(step, mount, path, directory=directory)
 
     def _attach_in_own(
-        self, step: str, mount: Argument, base: Slot, rest: str, *, directory: bool
+        self, step: str, mount: Argument, base: Slot | Fd, rest: str, *, directory: bool
     ) -> None:
         """Attach below a file system of ours, making what lacks by plain names."""
         flags = MOVE_MOUNT_F_EMPTY_PATH
