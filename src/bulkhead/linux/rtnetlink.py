@@ -40,7 +40,7 @@ _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO = 1, 3, 4, 
 _IFLA_NET_NS_FD, _IFLA_IFALIAS, _IFLA_AF_SPEC, _IFLA_PROTINFO = 28, 20, 26, 12
 _INFO_KIND, _INFO_DATA, _INFO_SLAVE_DATA, _INFO_SLAVE_KIND = 1, 2, 5, 4
 _VETH_PEER = 1
-_BRPORT_ISOLATED = 33
+_BRPORT_MODE, _BRPORT_ISOLATED = 4, 33
 _BR_MCAST_SNOOPING = 23
 _BR_VLAN_DEFAULT_PVID = 39
 _INET6_ADDR_GEN_MODE = 8
@@ -129,6 +129,18 @@ def isolate_port(name: str) -> Message:
     )
     return Message(
         _NEWLINK, 0, _link(0, 0, 0, text(_IFLA_IFNAME, name), data), f"isolate bridge port {name}"
+    )
+
+
+def hairpin_port(name: str) -> Message:
+    """Let bridge port `name` get back what it sent: its own published port, with br_netfilter."""
+    data = nested(
+        _IFLA_LINKINFO,
+        text(_INFO_SLAVE_KIND, "bridge"),
+        nested(_INFO_SLAVE_DATA, u8(_BRPORT_MODE, 1)),
+    )
+    return Message(
+        _NEWLINK, 0, _link(0, 0, 0, text(_IFLA_IFNAME, name), data), f"hairpin bridge port {name}"
     )
 
 

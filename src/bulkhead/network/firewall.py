@@ -8,10 +8,11 @@
       forward  forward 0         bridges are closed to each other and to uninvited packets
       snat     postrouting 100   masquerade what leaves, and what comes back in by a published port
 
-A network adds chains of its own and one element to the maps `guard`, `leaving`, `entering` and
-`masked`, a published port one element to a map: no rule is ever appended to a shared chain, so that
-the cost of a packet does not grow with networks or ports. Accepting here overrides nobody's drop:
-other tables' chains at the same hooks still decide, which is how a firewall governs ours.
+A network adds chains of its own and one element to the maps `guard`, `leaving`, `entering`,
+`masked` and `arriving`, a published port one element to a map: no rule is ever appended to a shared
+chain, so that the cost of a packet does not grow with networks or ports. Accepting here overrides
+nobody's drop: other tables' chains at the same hooks still decide, which is how a firewall governs
+ours.
 """
 
 from collections.abc import Iterable
@@ -106,11 +107,11 @@ class Firewall:
         if not self._links:
             batch.delete_table()
         else:
-            for name in ("guard", "leaving", "entering", "masked"):
+            for name in ("guard", "leaving", "entering", "masked", "arriving"):
                 batch.delete_elements(name, [nft.interface(link)])
             if internal:
                 batch.delete_elements("unpublished", [nft.interface(link)])
-            for prefix in ("from_", "out_", "in_", "mask_"):
+            for prefix in ("from_", "out_", "in_", "mask_", "hair_"):
                 batch.delete_chain(prefix + link)
         batch.commit(netlink)
 
@@ -173,7 +174,7 @@ class Firewall:
 
     def _skeleton(self, batch: nft.Batch) -> None:
         batch.add_table(self._comment)
-        for name in ("guard", "leaving", "entering", "masked", "unpublished"):
+        for name in ("guard", "leaving", "entering", "masked", "arriving", "unpublished"):
             batch.add_map(name, nft.MapType((nft.IFNAME,)))
         for version, kind in ((4, nft.IPV4_ADDR), (6, nft.IPV6_ADDR)):
             data = (kind, nft.SERVICE)
@@ -198,6 +199,7 @@ class Firewall:
         batch.add_rule("forward", [*invited, nft.verdict(nft.ACCEPT)])
         batch.add_rule("forward", [outgoing, nft.lookup("entering", into=0)])
         batch.add_rule("snat", [incoming, nft.lookup("masked", into=0)])
+        batch.add_rule("snat", [outgoing, nft.lookup("arriving", into=0)])
         # A local client of a port published on 127.0.0.1: its source must become the bridge's.
         own = [*nft.family_is(4), *nft.address_in(LOOPBACK4, source=True)]
         batch.add_rule("snat", [*own, *invited, nft.masquerade()])
@@ -235,8 +237,9 @@ def _publish_rules(batch: nft.Batch) -> None:
 
 def _network_chains(batch: nft.Batch, rules: Rules) -> None:
     link = rules.link
-    guard, out, into, mask = (prefix + link for prefix in ("from_", "out_", "in_", "mask_"))
-    for chain in (guard, out, into, mask):
+    prefixes = ("from_", "out_", "in_", "mask_", "hair_")
+    guard, out, into, mask, hair = (prefix + link for prefix in prefixes)
+    for chain in (guard, out, into, mask, hair):
         batch.add_chain(chain)
     _guard_rules(batch, guard, rules)
     drop, accept = nft.verdict(nft.DROP), nft.verdict(nft.ACCEPT)
@@ -254,6 +257,11 @@ def _network_chains(batch: nft.Batch, rules: Rules) -> None:
         if not rules.internal:
             batch.add_rule(into, [*nft.family_is(version), accept if routed else drop])
     batch.add_rule(mask, [*same, *invited, nft.masquerade()])
+    # The same once more by source: with br_netfilter such packets never leave the bridge, and have
+    # no incoming interface here.
+    for subnet in filter(None, (rules.subnet4, rules.subnet6)):
+        inside = [*nft.family_is(subnet.version), *nft.address_in(subnet, source=True)]
+        batch.add_rule(hair, [*inside, *invited, nft.masquerade()])
     batch.add_rule(mask, [*same, nft.leave()])
     for version, routed, source in (
         (4, rules.routed4, rules.source4),
@@ -272,6 +280,7 @@ def _network_chains(batch: nft.Batch, rules: Rules) -> None:
     batch.add_elements("leaving", [(key, nft.to_chain(out))])
     batch.add_elements("entering", [(key, nft.to_chain(into))])
     batch.add_elements("masked", [(key, nft.to_chain(mask))])
+    batch.add_elements("arriving", [(key, nft.to_chain(hair))])
     if rules.internal:
         batch.add_elements("unpublished", [(key, nft.to_verdict(nft.ACCEPT))])
 

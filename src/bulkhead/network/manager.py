@@ -15,6 +15,7 @@ from typing import Any
 from bulkhead.errors import Conflict, Denied, Invalid, NotFound
 from bulkhead.home import Home
 from bulkhead.linux import netns
+from bulkhead.linux import rtnetlink as rt
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.network import attached as shapes
 from bulkhead.network import doctor, files, inner, ports
@@ -225,6 +226,7 @@ class NetworkManager:
             endpoint = active.endpoints[request.workload_id]
             address = endpoint.ipv4 if version == 4 else endpoint.ipv6
             made.publishing[str(version)] = address
+            self._bridges.route.transact([rt.hairpin_port(endpoint.host_name)])
         redirects = shapes.redirects(made)
         self._bridges.publish(redirects)
         undo.callback(self._bridges.firewall.unpublish, self._bridges.filter, redirects)
