@@ -229,7 +229,7 @@ class HolderClient:
         try:
             answer, _ = await self._ask(HELLO)
             self.pid = int(answer[MESSAGE.size :])
-            entries = await self.entries()
+            entries = await self._list()
         except Unavailable:
             return False
         self.closed.clear()
@@ -284,10 +284,9 @@ class HolderClient:
                     Unavailable("the holder ended before it answered; it is being started again")
                 )
         if was_up and not self._final:
-            self._recovery = asyncio.get_running_loop().create_task(self._recover())
+            self._recovery = asyncio.get_running_loop().create_task(self._recover(self.pid))
 
-    async def _recover(self) -> None:
-        before = self.pid
+    async def _recover(self, before: int) -> None:
         delay_s = 0.05
         while not self._final:
             try:
@@ -455,11 +454,11 @@ class HolderClient:
         future: asyncio.Future[tuple[bytes, list[int]]] = asyncio.get_running_loop().create_future()
         try:
             await self._send((MESSAGE.pack(LAUNCH, seq, 0, 0), *parts), fds)
-            if self._sock is None:
-                raise Unavailable("the holder ended before it answered")
-            self._pending[seq] = future
         except Unavailable as error:
             raise _NotSent from error
+        if self._sock is None:
+            raise Unavailable("the holder ended before it answered")
+        self._pending[seq] = future
         try:
             return await future
         except asyncio.CancelledError:
@@ -495,8 +494,11 @@ class HolderClient:
 
     async def entries(self) -> list[Entry]:
         """Every process the holder knows, running or ended and not forgotten."""
-        if self._sock is None:
+        if self._sock is None or self.closed.is_set():
             await self.connect()
+        return await self._list()
+
+    async def _list(self) -> list[Entry]:
         seq = (self._seq + 1) & 0xFFFFFFFF
         self._listings[seq] = []
         try:
