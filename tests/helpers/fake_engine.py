@@ -25,6 +25,8 @@ class FakeEngine:
         self.path = path
         self.handlers = handlers
         self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.concurrent = False
+        """Whether requests of one connection are served at once, each on a thread of its own."""
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._threads: list[threading.Thread] = []
         self._sockets: list[socket.socket] = []
@@ -83,7 +85,12 @@ class FakeEngine:
                 return
             for message in splitter.feed(data):
                 given, fds = fds[: message.fds], fds[message.fds :]
-                self._answer(sock, message, given)
+                if not self.concurrent:
+                    self._answer(sock, message, given)
+                    continue
+                thread = threading.Thread(target=self._answer, args=(sock, message, given))
+                self._threads.append(thread)
+                thread.start()
 
     def _answer(self, sock: socket.socket, message: wire.Message, given: list[int]) -> None:
         if message.method == "cancel":
