@@ -12,6 +12,7 @@ processes; what they do is done by threads that enter their namespace.
 
 import contextlib
 import functools
+import json
 import os
 import signal
 import socket
@@ -247,7 +248,9 @@ class Lab:
     def request(self, name: str, mode: str = "bridge", **more: Any) -> AttachRequest:
         self._count += 1
         more["ports"] = bindings_from_docker(more.get("ports"))
-        return AttachRequest(workload_id=f"{self._count:064x}", name=name, mode=mode, **more)
+        return AttachRequest(
+            workload_id=f"{self._count:012x}" + "0" * 52, name=name, mode=mode, **more
+        )
 
     def run(self, name: str, mode: str = "bridge", **more: Any) -> Workload:
         """Start a workload; `more` are members of AttachRequest."""
@@ -269,13 +272,16 @@ class Lab:
         """Run what the manager wants supervised, until it serves."""
         ((_, argv, environment),) = self.manager.helpers()
         self.helper = subprocess.Popen(argv, env=environment)
-        until(self.manager._link.flush, "the helper takes what waits")
-        self.sync()
+        until(self._answers, "the helper answers")
+
+    def _answers(self) -> bool:
+        try:
+            return self.sync() >= 0 and self.manager._link.flush() and self.sync() >= 0
+        except (ConnectionError, FileNotFoundError):
+            return False
 
     def sync(self) -> int:
         """How many workloads the helper serves, once it has seen all that was sent."""
-        import json
-
         self.manager._link.flush()
         peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with peer:
