@@ -6,8 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Rpc:
             self._ready.extend(self._splitter.feed(data))
         return self._ready.pop(0)
 
-    def frames(self, number: int) -> Iterator[Any]:
+    def frames(self, number: int) -> Generator[Any, None, Any]:
         """Items of request `number`, then its result as the generator's return value."""
         while True:
             message = self.receive()
@@ -169,8 +170,11 @@ class Rig:
 
     def end(self) -> None:
         """Remove every workload and stop engine, holder and keeper."""
-        if self.process is None:
+        if self.process is None or self.process.poll() is not None:
             self.start()
+        self.hang_up()
+        for found in self.call("workload.list", all=True):
+            self.call("workload.remove", id=found["Id"], force=True, volumes=True)
         with contextlib.suppress(ConnectionError):
             self.call("system.shutdown", force=True)
         self.hang_up()
@@ -188,3 +192,109 @@ def engine(directory: Path) -> Iterator[Rig]:
         yield rig
     finally:
         rig.end()
+
+
+IMAGE = "busybox:latest"
+
+
+def load_busybox(rig: Rig) -> None:
+    """Have the image `IMAGE`."""
+    from tests.helpers import images
+
+    archive = rig.root.parent / "busybox.tar"
+    images.busybox_archive(archive)
+    with archive.open("rb") as file:
+        rig.rpc.stream("image.load", {}, [file.fileno()])
+
+
+class Outcome:
+    """What a `workload.run` gave."""
+
+    def __init__(self, items: list[Any], result: Any, out: bytes, err: bytes) -> None:
+        self.id: str = items[0]["Id"]
+        self.result = result
+        self.code: int = result["StatusCode"]
+        self.out = out
+        self.err = err
+
+
+def _drain(fd: int, into: list[bytes]) -> None:
+    with os.fdopen(fd, "rb") as file:
+        into.append(file.read())
+
+
+def run(
+    rig: Rig, command: Sequence[str], *, stdin: bytes | None = None, name: str = "", **host: Any
+) -> Outcome:
+    """`run --rm` attached, with a connection of its own; `host` are members of HostConfig.
+
+    A member called `config` holds members of Config.
+    """
+    config = host.pop("config", {})
+    wanted = {"AutoRemove": True, **host}
+    body = {"Image": IMAGE, "Cmd": list(command), "HostConfig": wanted, **config}
+    ends = [os.pipe() for _ in range(3)]
+    out: list[bytes] = []
+    err: list[bytes] = []
+    readers = [
+        threading.Thread(target=_drain, args=(ends[1][0], out)),
+        threading.Thread(target=_drain, args=(ends[2][0], err)),
+    ]
+    fds = [ends[0][0]] if stdin is not None else []
+    if stdin is not None:
+        body |= {"OpenStdin": True, "StdinOnce": True, "AttachStdin": True}
+        os.write(ends[0][1], stdin)
+    os.close(ends[0][1])
+    fds += [ends[1][1], ends[2][1]]
+    for reader in readers:
+        reader.start()
+    try:
+        with Rpc(rig.socket) as rpc:
+            params = {"name": name, "body": body, "attach": [stdin is not None, True, True]}
+            items, result = rpc.stream("workload.run", params, fds)
+    finally:
+        for fd in (ends[0][0], ends[1][1], ends[2][1]):
+            os.close(fd)
+        for reader in readers:
+            reader.join()
+    return Outcome(items, result, out[0], err[0])
+
+
+def start(
+    rig: Rig, name: str, script: str, config: dict[str, Any] | None = None, **host: Any
+) -> str:
+    """A detached workload that runs a shell script; its id."""
+    body = {"Image": IMAGE, "Cmd": ["sh", "-c", script], "HostConfig": host, **(config or {})}
+    identity: str = rig.call("workload.create", name=name, body=body)["Id"]
+    rig.call("workload.start", id=identity)
+    return identity
+
+
+def execute(rig: Rig, name: str, command: Sequence[str], **body: Any) -> tuple[int, bytes]:
+    """`exec` attached; its exit code and output."""
+    reading, writing = os.pipe()
+    out: list[bytes] = []
+    reader = threading.Thread(target=_drain, args=(reading, out))
+    reader.start()
+    try:
+        with Rpc(rig.socket) as rpc:
+            wanted = {"Cmd": list(command), "AttachStdout": True, "AttachStderr": True, **body}
+            made = rpc.call("exec.create", id=name, body=wanted)
+            rpc.call("exec.start", (writing, writing), id=made["Id"])
+            code: int = rpc.call("exec.inspect", id=made["Id"])["ExitCode"]
+    finally:
+        os.close(writing)
+        reader.join()
+    return code, out[0]
+
+
+def logs(rig: Rig, name: str, **params: Any) -> bytes:
+    """The log, both streams as they came."""
+    items, _ = rig.rpc.stream("workload.logs", {"id": name, **params})
+    return b"".join(data for _, data in items)
+
+
+def state(rig: Rig, name: str) -> dict[str, Any]:
+    """State of `inspect`."""
+    found: dict[str, Any] = rig.call("workload.inspect", id=name)["State"]
+    return found

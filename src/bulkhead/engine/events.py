@@ -1,9 +1,10 @@
 """What happened: Docker's events, kept in a ring in memory and sent to those who listen."""
 
 import asyncio
+import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from typing import Any
 
 from bulkhead.errors import Invalid
@@ -103,7 +104,7 @@ class Events:
 
     async def stream(
         self, since_ns: int | None, until_ns: int | None, filters: Filters
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """Kept events since `since_ns` (if given), then new ones up to `until_ns` (or for ever)."""
         for key in filters:
             if key not in _FILTERS:
@@ -119,16 +120,17 @@ class Events:
                     return
                 if matches(event, filters):
                     yield event
-            async for event in _until(queue, until_ns):
-                if matches(event, filters):
-                    yield event
+            async with contextlib.aclosing(_until(queue, until_ns)) as new:
+                async for event in new:
+                    if matches(event, filters):
+                        yield event
         finally:
             self._listeners.discard(queue)
 
 
 async def _until(
     queue: "asyncio.Queue[Event | None]", until_ns: int | None
-) -> AsyncIterator[Event]:
+) -> AsyncGenerator[Event, None]:
     while True:
         timeout = None
         if until_ns is not None:

@@ -1,6 +1,7 @@
 """RPC: what workloads say and use (logs, stats, top)."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -70,19 +71,21 @@ async def logs(engine: Engine, params: Logs, call: Call) -> dict[str, Any]:
     follow = params.follow and (workload.running or workload.record.status == "restarting")
     watcher = engine.spawn(_until_end(workload, stop)) if follow else None
     try:
-        async for record in keeper_logs.read(
+        records = keeper_logs.read(
             stdio.log_path(engine.home, workload.record),
             since=filters.moment_ns(params.since),
             until=filters.moment_ns(params.until),
             tail=_tail(params.tail),
             follow=follow,
             stop=stop,
-        ):
-            if record.stream in streams:
-                data = record.data
-                if params.timestamps:
-                    data = record.time.encode() + b" " + data
-                await call.item([record.stream, data])
+        )
+        async with contextlib.aclosing(records):  # type: ignore[type-var]
+            async for record in records:
+                if record.stream in streams:
+                    data = record.data
+                    if params.timestamps:
+                        data = record.time.encode() + b" " + data
+                    await call.item([record.stream, data])
     finally:
         if watcher is not None:
             watcher.cancel()

@@ -1,6 +1,7 @@
 """RPC: the engine itself (`system.*`)."""
 
 import asyncio
+import contextlib
 import os
 import platform
 from typing import Any
@@ -173,8 +174,9 @@ async def events(engine: Engine, params: Events, call: Call) -> None:
     """A stream of events."""
     wanted = filters.normalise(params.filters, _FILTER_KEYS)
     since, until = filters.moment_ns(params.since), filters.moment_ns(params.until)
-    async for event in engine.events.stream(since, until, wanted):
-        await call.item(event)
+    async with contextlib.aclosing(engine.events.stream(since, until, wanted)) as stream:
+        async for event in stream:
+            await call.item(event)
 
 
 @METHODS.method("system.doctor", Nothing)

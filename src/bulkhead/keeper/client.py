@@ -227,7 +227,7 @@ class KeeperClient:
             except _Lost:
                 continue
             except asyncio.CancelledError:
-                if kind == Wire.ATTACH and self._sock is sock and not future.done():
+                if kind == Wire.ATTACH and self._sock is sock and future.cancelled():
                     cancel = Wire.HEAD.pack(Wire.CANCEL, 0, number, 0)
                     with contextlib.suppress(OSError):
                         sock.send(cancel, socket.MSG_NOSIGNAL)
