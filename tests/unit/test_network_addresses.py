@@ -44,7 +44,7 @@ def test_pool_range_and_gateway() -> None:
 
 
 def test_chosen_subnets_avoid_what_is_busy() -> None:
-    busy = [IPv4Network("10.208.0.0/13"), IPv6Network("fd00::/8")]
+    busy: list[ipam.Prefix] = [IPv4Network("10.208.0.0/13"), IPv6Network("fd00::/8")]
     chosen = ipam.choose(ipam.ipv4_candidates(default=True, start=3), busy)
     assert not any(chosen.overlaps(one) for one in busy if one.version == 4)
     with pytest.raises(Unavailable):

@@ -1,5 +1,6 @@
 """The files /etc/hosts and /etc/resolv.conf of a workload; hosts(5), resolv.conf(5)."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -64,12 +65,21 @@ def host_resolution(path: str = "/etc/resolv.conf") -> Resolution:
     return found
 
 
+_seen: dict[str, tuple[tuple[int, int, int], Resolution]] = {}
+
+
 def _read(path: str) -> Resolution:
+    """What the file says; read again only when it has changed."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return parse_resolv(file.read())
+        state = os.stat(path)
+        stamp = (state.st_mtime_ns, state.st_ino, state.st_size)
+        known = _seen.get(path)
+        if known is None or known[0] != stamp:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                known = _seen[path] = (stamp, parse_resolv(file.read()))
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return Resolution()
+    return known[1]
 
 
 def resolv_conf(

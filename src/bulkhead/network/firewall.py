@@ -259,7 +259,9 @@ def _network_chains(batch: nft.Batch, rules: Rules) -> None:
     batch.add_rule(mask, [*same, *invited, nft.masquerade()])
     # The same once more by source: with br_netfilter such packets never leave the bridge, and have
     # no incoming interface here.
-    for subnet in filter(None, (rules.subnet4, rules.subnet6)):
+    for subnet in (rules.subnet4, rules.subnet6):
+        if subnet is None:
+            continue
         inside = [*nft.family_is(subnet.version), *nft.address_in(subnet, source=True)]
         batch.add_rule(hair, [*inside, *invited, nft.masquerade()])
     batch.add_rule(mask, [*same, nft.leave()])
