@@ -88,6 +88,7 @@ def test_push_and_pull_with_every_kind_of_login(tmp_path: Path, tls: bool, auth:
                 with pytest.raises(Denied):
                     one.push(name, wrong)
             login(running.host, Credentials(USER, PASSWORD), config=running.config())
+            two.login({"username": USER, "password": PASSWORD, "serveraddress": running.host})
             with pytest.raises(Denied):
                 login(running.host, Credentials(USER, "wrong"), config=running.config())
         if tls:

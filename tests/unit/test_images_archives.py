@@ -8,6 +8,7 @@ import lzma
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from backports import zstd
@@ -156,6 +157,20 @@ def test_an_image_without_a_name_is_loaded_by_id(images: ImageService, tmp_path:
         assert images.load(file, said.append) == [image.id]
     assert {"stream": f"Loaded image ID: {image.id}\n"} in said
     assert members(saved(images, [image.id], "docker"))["manifest.json"].count(b'"RepoTags":null')
+
+
+def test_an_unbuffered_output_that_takes_little_gets_all(
+    images: ImageService, tmp_path: Path
+) -> None:
+    class Stingy(io.BytesIO):
+        def write(self, data: Any) -> int:
+            return super().write(bytes(data[:100]))
+
+    image = build(Blobs(), [tar_of({"a": b"1"})])
+    load(images, docker_archive(tmp_path / "a", image, ["x:1"]).read_bytes())
+    out = Stingy()
+    images.save(["x:1"], out)
+    assert out.getvalue() == saved(images, ["x:1"], "docker")
 
 
 def test_what_is_not_there_cannot_be_saved(images: ImageService) -> None:

@@ -127,7 +127,7 @@ def test_a_configuration_with_an_impossible_root_is_refused() -> None:
 
 
 def test_dockers_own_members_are_read() -> None:
-    config = {
+    config: dict[str, Any] = {
         "User": "u",
         "ExposedPorts": {"80/tcp": {}},
         "Entrypoint": None,

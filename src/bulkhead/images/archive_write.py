@@ -53,14 +53,20 @@ class _Tar:
         self._written.add(name)
         member = tarfile.TarInfo(name)
         member.size, member.mode = size, 0o444
-        self._out.write(member.tobuf(tarfile.GNU_FORMAT))
+        self._write(member.tobuf(tarfile.GNU_FORMAT))
         done = 0
         for piece in pieces:
-            self._out.write(piece)
+            self._write(piece)
             done += len(piece)
         if done != size:
             raise Corrupt(f"{name} has {done} bytes, expected {size}")
-        self._out.write(bytes(-size % _BLOCK))
+        self._write(bytes(-size % _BLOCK))
+
+    def _write(self, data: bytes) -> None:
+        """All of `data`, also into an unbuffered file that takes only a part at a time."""
+        view = memoryview(data)
+        while view:
+            view = view[self._out.write(view) :]
 
     def document(self, name: str, data: bytes) -> None:
         """A small file."""
@@ -68,7 +74,7 @@ class _Tar:
 
     def end(self) -> None:
         """The two empty blocks."""
-        self._out.write(bytes(2 * _BLOCK))
+        self._write(bytes(2 * _BLOCK))
         self._out.flush()
 
 

@@ -21,8 +21,8 @@ from bulkhead.images.origins import Origins
 from bulkhead.images.progress import Progress, silent
 from bulkhead.images.pull import Pull
 from bulkhead.images.push import Push
-from bulkhead.oci.reference import parse
-from bulkhead.registry.client import Repository
+from bulkhead.oci.reference import DEFAULT_DOMAIN, parse
+from bulkhead.registry.client import Repository, login
 from bulkhead.registry.config import Registries
 from bulkhead.registry.credentials import from_auth
 from bulkhead.registry.waiting import Cancel, Clock
@@ -188,6 +188,17 @@ class ImageService:
         if not tags:
             raise NotFound(f"An image does not exist locally with the tag: {ref}")
         return [self.push(tag, auth, progress, cancel) for tag in tags]
+
+    def login(self, auth: Mapping[str, Any]) -> None:
+        """Show `auth` to its "serveraddress" (none: Docker Hub); Denied if it is refused."""
+        server = str(auth.get("serveraddress") or DEFAULT_DOMAIN)
+        domain = server.partition("://")[2] if "://" in server else server
+        domain = domain.partition("/")[0]
+        if domain == "index.docker.io":
+            domain = DEFAULT_DOMAIN
+        credentials = from_auth(auth)
+        assert credentials is not None
+        login(domain, credentials, config=self._registries, clock=self._clock)
 
     # --- archives
 
