@@ -39,6 +39,7 @@
 #define FLIGHTS 1024
 #define NS 1000000000ull
 #define HELPER_STEADY (5 * NS)
+#define START_PATIENCE (60 * NS)
 
 enum what { W_LISTEN, W_SIGNAL, W_CONN, W_ENTRY };
 
@@ -85,7 +86,7 @@ static struct helper *helpers;
 static struct progress *flights;
 static struct rlimit original_files;
 static sigset_t no_signals;
-static int epoll = -1, signals = -1, listener = -1, ending;
+static int epoll = -1, signals = -1, listener = -1, ending, greeted;
 static const char *socket_path;
 static _Alignas(16) char inbox[MAX_PACKET];
 
@@ -990,6 +991,7 @@ static void accept_conn(void)
         return;
     }
     conns = c;
+    greeted = 1;
 }
 
 /* Close what drop() has marked. Returns the number of connections that are not keepers'. */
@@ -1101,9 +1103,11 @@ int main(int argc, char **argv)
         if (!entries && !others) {
             uint64_t t = now(CLOCK_MONOTONIC);
             idle_since = idle_since ? idle_since : t;
-            if (t - idle_since >= idle)
+            /* Whoever started it may be slow to connect. */
+            uint64_t patience = greeted || idle > START_PATIENCE ? idle : START_PATIENCE;
+            if (t - idle_since >= patience)
                 break;
-            int left = (int)((idle - (t - idle_since)) / 1000000) + 1;
+            int left = (int)((patience - (t - idle_since)) / 1000000) + 1;
             timeout = timeout < 0 || left < timeout ? left : timeout;
         } else
             idle_since = 0;
