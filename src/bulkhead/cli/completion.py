@@ -62,8 +62,11 @@ def _bash() -> str:
         f'    "{group}") _bh_words "{" ".join(_words_of_group(group, commands))}" ;;'
         for group in GROUPS
     )
+    return _bash_script(tops, groups, "\n".join(values), "\n".join(flags), "\n".join(kinds))
+
+
+def _bash_script(tops: str, groups: str, values: str, flags: str, kinds: str) -> str:
     listers = "\n".join(f"    {kind}) {line} 2>/dev/null ;;" for kind, line in _LISTERS.items())
-    nl = "\n"
     return f"""# bash completion for bulkhead; load with: source <(bulkhead completion bash)
 _bh_words() {{ mapfile -t COMPREPLY < <(compgen -W "$1" -- "$cur"); }}
 _bh_files() {{ mapfile -t COMPREPLY < <(compgen -f -- "$cur"); compopt -o filenames 2>/dev/null; }}
@@ -102,15 +105,15 @@ _bulkhead() {{
     return
   fi
   case "$command|$prev" in
-{nl.join(values)}
+{values}
     *)
       if [[ $cur == -* ]]; then
         case "$command" in
-{nl.join(flags)}
+{flags}
         esac
       else
         case "$command" in
-{nl.join(kinds)}
+{kinds}
         esac
       fi ;;
   esac

@@ -95,9 +95,9 @@ def _guard(fd: int, old: "list[int | list[bytes | int]]") -> tuple[int, int]:
                        signal.SIGTTOU, signal.SIGTSTP, signal.SIGIO):  # fmt: skip
             signal.signal(number, signal.SIG_IGN)
         keep = sorted((fd, read))
-        os.closerange(0, keep[0])
-        os.closerange(keep[0] + 1, keep[1])
-        os.closerange(keep[1] + 1, 65536)
+        for low, high in ((0, keep[0]), (keep[0] + 1, keep[1]), (keep[1] + 1, 65536)):
+            if low < high:  # closerange(0, 0) would close everything (CPython 3.11)
+                os.closerange(low, high)
         if not os.read(read, 1):
             termios.tcsetattr(fd, termios.TCSADRAIN, old)
     finally:
