@@ -26,7 +26,8 @@ def script(tests: Sequence[str], python: str, exchange: str, timeout_s: int) -> 
     """The shell script of a job; it leaves report, output and code in `exchange` of the guest."""
     words = " ".join(shlex.quote(test) for test in tests)
     return f"""
-export PYTHONDONTWRITEBYTECODE=1 BULKHEAD_GUEST=1 BULKHEAD_GUEST_REPORT={exchange}/report
+export PYTHONDONTWRITEBYTECODE=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+export BULKHEAD_GUEST=1 BULKHEAD_GUEST_REPORT={exchange}/report
 timeout {timeout_s} {python} -m pytest -q -p tests.guest.inside.reporter {words} \\
     >{exchange}/output 2>&1 </dev/null
 echo $? >{exchange}/code

@@ -9,9 +9,8 @@ from tests.guest import debian, job
 pytestmark = pytest.mark.skipif(bool(debian.missing()), reason=debian.missing())
 
 
-def test_control_groups_of_version_2_with_every_controller(
-    tmp_path: Path, subtests: pytest.Subtests
-) -> None:
-    tests = ["tests/kernel/test_cgroups.py", "tests/kernel/test_seccomp.py"]
+def test_limits_filters_and_containers(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    names = ("test_cgroups", "test_seccomp", "test_container_run")
+    tests = [f"tests/kernel/{name}.py" for name in names]
     log = debian.run(tests, tmp_path / "boot")
     job.told(tmp_path / "boot/exchange", log, "Debian", subtests)

@@ -9,7 +9,8 @@ from tests.guest import job, uml
 pytestmark = pytest.mark.skipif(bool(uml.missing()), reason=uml.missing())
 
 
-def test_control_groups_of_version_2(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    tests = ["tests/kernel/test_cgroups.py", "tests/kernel/test_seccomp.py"]
+def test_limits_filters_and_containers(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    names = ("test_cgroups", "test_seccomp", "test_container_run")
+    tests = [f"tests/kernel/{name}.py" for name in names]
     log = uml.run(tests, tmp_path)
     job.told(tmp_path / "exchange", log, "user-mode-linux", subtests)

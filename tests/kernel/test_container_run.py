@@ -114,6 +114,9 @@ def test_names(lab: Lab) -> None:
     assert result.out.split() == ["web-1", "example.org"]
 
 
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/ns/time"), reason="this kernel has no time namespaces"
+)
 def test_time_namespace(lab: Lab) -> None:
     def change(spec: Spec) -> None:
         spec.linux.namespaces.append(Namespace("time"))

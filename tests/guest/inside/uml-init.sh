@@ -12,6 +12,15 @@ mount -t hostfs none /mnt/exchange -o "$exchange"
 mount -t hostfs none /mnt/repository -o "$repository"
 # The checkout may lie below one of these.
 for folder in /tmp /var/tmp /var/lib; do mount -t tmpfs tmpfs $folder; done
+# modules.dep lists all that a module needs, what is needed first last.
+load() {
+    for path in $(sed -n "s,^\(\S*/$1\.ko\): *\(.*\),\1 \2,p" modules.dep | tr ' ' '\n' | tac); do
+        busybox insmod "$path" 2>/dev/null
+    done
+}
+cd "/usr/lib/uml/modules/$(uname -r)" 2>/dev/null && for name in overlay erofs bridge veth; do
+    load $name
+done
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 ip link set lo up
 echo 4 >/proc/sys/kernel/printk
