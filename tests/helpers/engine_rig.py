@@ -112,15 +112,24 @@ class Rig:
     def socket(self) -> str:
         return str(self.run / "engine.sock")
 
+    def command(self) -> list[str]:
+        """The engine's command line."""
+        place = ["--root", str(self.root), "--run", str(self.run)]
+        return [sys.executable, "-m", "bulkhead.engine", *place]
+
+    def environment(self) -> dict[str, str]:
+        """The engine's environment."""
+        return {**os.environ, "PYTHONPATH": str(SOURCE)}
+
     def launch(self) -> subprocess.Popen[bytes]:
         """The process alone, not waited for."""
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "bulkhead.engine", "--root", self.root, "--run", self.run],
+                self.command(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "PYTHONPATH": str(SOURCE)},
+                env=self.environment(),
             )
 
     def start(self) -> None:

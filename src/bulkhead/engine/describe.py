@@ -143,7 +143,10 @@ def inspect(engine: "Engine", workload: Workload, *, size: bool = False) -> dict
         "MountLabel": "",
         "ProcessLabel": "",
         "AppArmorProfile": "",
-        "ExecIDs": [key for key, one in workload.execs.items() if one.state == "running"] or None,
+        "ExecIDs": [
+            key for key, one in workload.execs.items() if one.state == "running" and one.pid
+        ]
+        or None,
         "HostConfig": msgspec.to_builtins(record.host),
         "GraphDriver": {
             "Name": "erofs",
