@@ -15,7 +15,6 @@ from msgspec import Meta, Struct
 from bulkhead.errors import Invalid
 
 VERSION = "1.3.0"
-"""The version of the specification that `Spec.oci_version` says by default."""
 
 _JSON_NAMES = {
     "container_id": "containerID",
@@ -48,7 +47,6 @@ class _Part(Struct, omit_defaults=True, rename=_json_name):
 
 
 _UINT16_MAX, _UINT32_MAX, _UINT64_MAX = 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
-
 Uint16 = Annotated[int, Meta(ge=0, le=_UINT16_MAX)]
 Uint32 = Annotated[int, Meta(ge=0, le=_UINT32_MAX)]
 Uint64 = Annotated[int, Meta(ge=0)]
