@@ -118,6 +118,8 @@ def write(root: int, path: str, out: BinaryIO, workload: str) -> None:
         raise _missing(workload, path) from None
     except BrokenPipeError:
         return  # the client has seen enough
+    except OSError as error:
+        raise Invalid(f"cannot read {path} in container {workload}: {error.strerror}") from error
 
 
 def _info(name: str, status: os.stat_result) -> tarfile.TarInfo:
@@ -246,6 +248,8 @@ def extract(root: int, path: str, stream: BinaryIO, options: Options, workload: 
         raise _missing(workload, path) from None
     except NotADirectoryError:
         raise Invalid("extraction point is not a directory") from None
+    except OSError as error:
+        raise Invalid(f"cannot open {path} in container {workload}: {error.strerror}") from error
     with top:
         try:
             for member, tar in _members(stream):

@@ -211,9 +211,9 @@ class Execs:
             await self._engine.processes.forget(identity)
 
     def workload_ended(self, workload: Workload, key: str) -> None:
-        """Its workload has ended: an exec that never ran can be forgotten."""
+        """Its workload has ended: an exec that never ran can be forgotten, others be asked for."""
         execution = self._all.get(key)
-        if execution is None or execution.state != "running":
+        if execution is None or execution.state == "created":
             self._all.pop(key, None)
             workload.execs.pop(key, None)
 
