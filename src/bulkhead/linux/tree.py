@@ -21,7 +21,10 @@ from bulkhead.linux.program import Argument, Fd, Program, Slot
 _RESOLVE = IN_ROOT | NO_MAGICLINKS
 OPEN_DIRECTORY = open_how(os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, _RESOLVE)
 OPEN_ANY = open_how(os.O_PATH | os.O_CLOEXEC, _RESOLVE)
-OPEN_NEW_FILE = open_how(os.O_CREAT | os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC, _RESOLVE, 0o644)
+# Not for writing: an open writer would keep the root from becoming read-only (EBUSY).
+OPEN_NEW_FILE = open_how(
+    os.O_CREAT | os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, _RESOLVE, 0o644
+)
 
 
 class Tree:
