@@ -12,6 +12,9 @@ from bulkhead.errors import Invalid, NotFound
 from bulkhead.images.catalog import Image
 from bulkhead.isolation import capabilities
 
+_FIRST_ID, _ID_COUNT = 1 << 30, 1 << 16
+"""Ranges of `--userns auto`: far above what useradd(8) and /etc/subuid give away."""
+
 
 def create(
     engine: Engine, name: str, request: body.CreateBody, boundary: str
@@ -81,6 +84,8 @@ def _record(engine: Engine, request: body.CreateBody, image: Image, boundary: st
             capabilities.normalize(word, label)
     security.parse(host.security_opt or [])
     _references(engine, host)
+    if host.userns_mode == "auto":
+        host.userns_mode = _free_ids(engine)
     identity = engine.take_id()
     if not config.hostname and host.network_mode != "host" and not host.uts_mode:
         config.hostname = identity[:12]
@@ -102,6 +107,15 @@ def _record(engine: Engine, request: body.CreateBody, image: Image, boundary: st
         args=args,
         boot_id=engine.boot_id,
     )
+
+
+def _free_ids(engine: Engine) -> str:
+    """A range of ids that no other workload of ours has, as "FIRST:COUNT"."""
+    taken = {workload.record.host.userns_mode for workload in engine.workloads}
+    first = _FIRST_ID
+    while f"{first}:{_ID_COUNT}" in taken:
+        first += _ID_COUNT
+    return f"{first}:{_ID_COUNT}"
 
 
 def _references(engine: Engine, host: body.HostConfig) -> None:

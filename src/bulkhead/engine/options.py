@@ -28,6 +28,7 @@ ULIMITS = frozenset(
 _HOSTNAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", re.IGNORECASE)
 _PORT_KEY = re.compile(r"(\d+)(?:-(\d+))?(?:/([a-z]+))?", re.IGNORECASE)
+_RANGE = re.compile(r"[1-9]\d{0,9}:[1-9]\d{0,9}")
 _HOST_PORT = re.compile(r"(?:\d+(?:-\d+)?)?")
 _CPUSET = re.compile(r"\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*")
 
@@ -223,7 +224,8 @@ def _modes(host: body.HostConfig) -> None:
     allowed("IPC mode", host.ipc_mode, ("", "none", "private", "shareable", "host"), "container:")
     allowed("PID mode", host.pid_mode, ("", "private", "host"), "container:")
     allowed("UTS mode", host.uts_mode, ("", "host"))
-    allowed("user namespace mode", host.userns_mode, ("", "host", "private"))
+    if not _RANGE.fullmatch(host.userns_mode):
+        allowed("user namespace mode", host.userns_mode, ("", "host", "auto"))
     allowed("cgroup namespace mode", host.cgroupns_mode, ("", "host", "private"))
     if host.isolation not in {"", "default"}:
         raise Invalid(f'invalid isolation "{host.isolation}": only "default" exists on Linux')
