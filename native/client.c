@@ -210,6 +210,17 @@ static void forward(int number)
     errno = before;
 }
 
+/* Hold back, or let through, what is to be forwarded: not in the middle of the request. */
+static void hold_signals(int how)
+{
+    sigset_t set;
+
+    sigemptyset(&set);
+    for (size_t n = 0; n < sizeof forwarded / sizeof *forwarded; n++)
+        sigaddset(&set, forwarded[n]);
+    sigprocmask(how, &set, NULL);
+}
+
 static void handle_signals(int forwarding)
 {
     struct sigaction action = {.sa_flags = SA_RESTART}, old;
@@ -346,11 +357,15 @@ int main(int argc, char **argv)
     if (server < 0)
         return run_python(argc, argv);
     data = make_request(argv, &size);
+    hold_signals(SIG_BLOCK);
+    handle_signals(1);
     if (data != NULL && send_request(server, data, size) == 0) {
-        handle_signals(1);
+        hold_signals(SIG_UNBLOCK);
         code = follow(server);
-        if (code < 0)
-            handle_signals(0);
+    }
+    if (code < 0) {
+        handle_signals(0);
+        hold_signals(SIG_UNBLOCK);
     }
     free(data);
     if (code >= 0)

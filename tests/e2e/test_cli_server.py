@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bulkhead.cli.pyclient import stop_server
 from tests.helpers.fake_engine import FakeEngine, Handler
 from tests.helpers.installation import NATIVE, TIMEOUT_S, Installation
 from tests.helpers.waiting import until
@@ -81,9 +82,13 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
         rig = Rig(here, engine, handlers)
         rig.started()
         yield rig
-        stop = "import sys; from bulkhead.cli.pyclient import stop_server; stop_server(sys.argv[1])"
-        subprocess.run([sys.executable, "-c", stop, str(run)], env=here.environment(), check=True)
-        until(lambda: not here.processes(), "the command server ends")
+
+        def gone() -> bool:
+            # Again each time: a server that a fallen-back client began may only now be listening.
+            stop_server(str(run))
+            return not here.processes()
+
+        until(gone, "the command server ends")
 
 
 def ended(code: int, text: bytes = b"") -> Handler:

@@ -202,11 +202,14 @@ def test_the_terminal_is_restored_whatever_ends_the_command(
 def test_interrupts_reach_the_workload(here: Installation) -> None:
     script = "trap 'echo got; exit 9' INT; echo ready; while :; do sleep 0.1; done"
     with here.popen("run", "--rm", "busybox", "sh", "-c", script) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        process.send_signal(signal.SIGINT)
-        assert process.stdout.readline() == b"got\n"
-        assert process.wait(TIMEOUT_S) == 9
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == b"got\n"
+            assert process.wait(TIMEOUT_S) == 9
+        finally:
+            process.kill()  # nothing, once it has ended
 
 
 def test_start_attached(here: Installation) -> None:

@@ -7,6 +7,11 @@ best case nothing else is. The protocol is drawn in `cli/server.py`; `native/cli
 import os
 import sys
 
+TYPE_CHECKING = False  # typing would cost more than all the rest here
+if TYPE_CHECKING:
+    from typing import Any
+
+_FORWARDED = ("HUP", "INT", "QUIT", "USR1", "USR2", "ALRM", "TERM", "CONT", "WINCH")
 MAGIC = 0x31434842  # "BHC1", little-endian
 PROTOCOL = 1
 LOG_LIMIT = 256 << 10
@@ -105,34 +110,41 @@ def _ask_server(argv: list[str]) -> int | None:
     here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     fds = b"".join(fd.to_bytes(4, sys.byteorder) for fd in (0, 1, 2, here))
     data = request(argv, os.environb._data, umask)  # type: ignore[attr-defined]
-    try:
-        sent = sock.sendmsg([data], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fds)])  # type: ignore[attr-defined]
-        if sent < len(data):
-            sock.sendall(data[sent:])  # type: ignore[attr-defined]
-    except OSError:
-        return None
-    finally:
-        os.close(here)
-    return _follow(sock)
-
-
-def _follow(sock: "object") -> int | None:
-    """Forward signals and wait for the exit code; None if the worker refused the command."""
     signal = __import__("_signal")  # the wrapper module imports enum
-
-    taken = False
-    last = 0
+    numbers = [getattr(signal, f"SIG{name}") for name in _FORWARDED]
+    last: list[int] = []
 
     def forward(number: int, frame: object) -> None:
-        nonlocal last
-        last = number
-        try:  # noqa: SIM105 - as above
+        last.append(number)
+        try:  # noqa: SIM105 - contextlib would cost 2 ms of import
             sock.send(bytes((number,)))  # type: ignore[attr-defined]
         except OSError:
             pass  # it ended in this moment; the end is read below
 
-    for name in ("HUP", "INT", "QUIT", "USR1", "USR2", "ALRM", "TERM", "CONT", "WINCH"):
-        signal.signal(getattr(signal, f"SIG{name}"), forward)
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # not in the middle of the request
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup(1)
+            signal.signal(number, forward)
+    code = None
+    try:
+        sent = sock.sendmsg([data], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fds)])  # type: ignore[attr-defined]
+        if sent < len(data):
+            sock.sendall(data[sent:])  # type: ignore[attr-defined]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        code = _follow(sock, signal, last)
+    except OSError:
+        code = None  # it ends: the command is run here
+    finally:
+        os.close(here)
+        if code is None:
+            _default_signals(signal)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+    return code
+
+
+def _follow(sock: "object", signal: "Any", last: list[int]) -> "int | None":
+    """Wait for the exit code; None if the worker refused the command."""
+    taken = False
     while True:
         try:
             answer = sock.recv(2)  # type: ignore[attr-defined]
@@ -147,22 +159,24 @@ def _follow(sock: "object") -> int | None:
             rest = answer[1:] or sock.recv(1)  # type: ignore[attr-defined]
             if rest:
                 return int(rest[0])
-            answer = b""
         if not taken:
-            _default_signals(signal)
             return None
-        if last:
+        fatal = [number for number in last if number not in (signal.SIGCONT, signal.SIGWINCH)]
+        if fatal:
             _default_signals(signal)
-            os.kill(os.getpid(), last)
-        sys.stderr.write("bulkhead: the process that ran this command ended unexpectedly; "
-                         "see command.log in the run directory\n")  # fmt: skip
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), fatal[-1])
+        sys.stderr.write(
+            "bulkhead: the process that ran this command ended unexpectedly; "
+            "see command.log in the run directory\n"
+        )
         return 125
 
 
-def _default_signals(signal: "object") -> None:
-    for name in ("HUP", "INT", "QUIT", "USR1", "USR2", "ALRM", "TERM", "CONT", "WINCH"):
-        signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_DFL)  # type: ignore[attr-defined]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # type: ignore[attr-defined]
+def _default_signals(signal: "Any") -> None:
+    for name in _FORWARDED:
+        signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def start_server(argv: list[str]) -> None:

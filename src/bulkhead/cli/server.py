@@ -12,8 +12,8 @@ MAX_COMMANDS it exits and another is forked.
 The protocol. Client: u32 magic, protocol, length, argc, envc, umask (little-endian), then `length`
 bytes: the client's own path, argv, KEY=VALUE…, each NUL-terminated; with the first byte the
 descriptors 0, 1, 2 and the working directory (O_PATH). Later bytes are signal numbers; a closed
-connection is a hang-up. Worker: `S` when it takes the command (before that, the client may run it
-itself without harm), then `X` and the exit code. A closed connection after `S` is a crash.
+connection ends the command. Worker: `S` when it takes the command (before that, the client may run
+it itself without harm), then `X` and the exit code. A closed connection after `S` is a crash.
 
 A worker refuses a client of another installation, and everything once a file of the program has
 changed (inotify(7)): the server then ends and the next client starts a new one. Without work for
@@ -119,6 +119,10 @@ def _adopt(environment: list[bytes], umask: int, fds: list[int]) -> None:
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
 
 
+class HungUp(KeyboardInterrupt):
+    """The client is gone: the command ends here, the workload does not hear of it."""
+
+
 class _Signals:
     """Makes real signals of the bytes that the client sends: SIGIO tells that there are some."""
 
@@ -148,7 +152,7 @@ class _Signals:
             data = b""
         if not data:
             self._sock = None
-            os.kill(os.getpid(), signal.SIGHUP)
+            raise HungUp
         for wanted in data:
             if 0 < wanted < signal.NSIG:
                 os.kill(os.getpid(), wanted)
