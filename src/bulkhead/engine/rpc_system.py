@@ -91,6 +91,26 @@ def _pretty_name() -> str:
     return "Linux"
 
 
+_CONSTANT: dict[str, Any] = {
+    "GenericResources": None,
+    "Labels": [],
+    "OSVersion": "",
+    "Warnings": None,
+    "Debug": False,
+    "ExperimentalBuild": False,
+    "HttpProxy": "",
+    "HttpsProxy": "",
+    "NoProxy": "",
+    "Swarm": {"NodeID": "", "LocalNodeState": "inactive", "ControlAvailable": False},
+    "LiveRestoreEnabled": True,
+    "Isolation": "",
+    "InitBinary": "bulkhead-init",
+    "ContainerdCommit": {"ID": ""},
+    "RuncCommit": {"ID": ""},
+    "InitCommit": {"ID": ""},
+}
+
+
 @METHODS.method("system.info", Nothing)
 async def info(engine: Engine, params: Nothing, call: Call) -> dict[str, Any]:
     """Docker's SystemInfo."""
@@ -102,7 +122,7 @@ async def info(engine: Engine, params: Nothing, call: Call) -> dict[str, Any]:
     system = os.uname()
     images = await engine.blocking(lambda: len(engine.images.list()))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
+    return _CONSTANT | {
         "ID": engine.identity,
         "Containers": len(states),
         "ContainersRunning": states.count("running"),
@@ -124,7 +144,6 @@ async def info(engine: Engine, params: Nothing, call: Call) -> dict[str, Any]:
         "PidsLimit": "pids" in has,
         "OomKillDisable": hierarchy.version == 1,
         "IPv4Forwarding": True,
-        "Debug": False,
         "NFd": len(os.listdir("/proc/self/fd")),
         "NGoroutines": len(asyncio.all_tasks()),
         "SystemTime": datetime.datetime.now(datetime.UTC).isoformat(),
@@ -134,7 +153,6 @@ async def info(engine: Engine, params: Nothing, call: Call) -> dict[str, Any]:
         "NEventsListener": engine.events.listeners,
         "KernelVersion": system.release,
         "OperatingSystem": _pretty_name(),
-        "OSVersion": "",
         "OSType": "linux",
         "Architecture": system.machine,
         "IndexServerAddress": "https://index.docker.io/v1/",
@@ -142,22 +160,12 @@ async def info(engine: Engine, params: Nothing, call: Call) -> dict[str, Any]:
                            "IndexConfigs": {}},
         "NCPU": os.cpu_count(),
         "MemTotal": memory,
-        "GenericResources": None,
         "DockerRootDir": engine.home.root,
-        "HttpProxy": "", "HttpsProxy": "", "NoProxy": "",
         "Name": system.nodename,
-        "Labels": [],
-        "ExperimentalBuild": False,
         "ServerVersion": VERSION,
         "Runtimes": {name: {"path": ""} for name in engine.boundary_names()},
         "DefaultRuntime": "container",
-        "Swarm": {"NodeID": "", "LocalNodeState": "inactive", "ControlAvailable": False},
-        "LiveRestoreEnabled": True,
-        "Isolation": "",
-        "InitBinary": "bulkhead-init",
-        "ContainerdCommit": {"ID": ""}, "RuncCommit": {"ID": ""}, "InitCommit": {"ID": ""},
         "SecurityOptions": ["name=seccomp,profile=builtin"],
-        "Warnings": None,
         "Started": moment(engine.started_ns),
         "Processes": {"Engine": engine.pid, "Holder": engine.processes.pid},
     }  # fmt: skip
