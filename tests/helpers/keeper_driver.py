@@ -1,6 +1,8 @@
 """Runs the keeper's pump on one pipe, dying by SIGKILL at the N-th line of it if asked to.
 
-    python keeper_driver.py SRC LOG KILL_AT      descriptors 50 to 53: a keeper's 3 to 6; 54: the pipe
+    python keeper_driver.py SRC LOG KILL_AT
+
+Descriptors 50 to 53 are a keeper's 3 to 6; 54 is the pipe.
 
 Prints how many lines it has executed. KILL_AT 0 kills nothing.
 """
@@ -15,8 +17,8 @@ sys.path.insert(0, sys.argv[1])
 for number in range(5):
     os.dup2(50 + number, 3 + number)
 
-from bulkhead.keeper import journal, pump
-from bulkhead.keeper.loop import Loop
+from bulkhead.keeper import journal, pump  # noqa: E402
+from bulkhead.keeper.loop import Loop  # noqa: E402
 
 count = 0
 kill_at = int(sys.argv[3])
