@@ -1,0 +1,63 @@
+"""A Debian image with nginx, made by our own bootstrap and kept for every test that wants one.
+
+    here.cli("load", "-i", str(nginx_archive())).ok()       # the image NGINX
+
+The archive lies in ~/.cache/bulkhead-tests, named by the hash of what it is made from: suite,
+packages, and the code that makes it.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from bulkhead.images import apt
+from tests.helpers.installation import SOURCE, installation
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bulkhead-tests"
+SUITE = "debian:bookworm"
+PACKAGES = ("nginx-light",)
+NGINX = "debian-nginx:bookworm"
+MAKERS = ("apt.py", "bootstrap.py")
+
+
+def _key() -> str:
+    code = [(SOURCE / "bulkhead/images" / name).read_text() for name in MAKERS]
+    return hashlib.sha256("\0".join([SUITE, *PACKAGES, NGINX, *code]).encode()).hexdigest()[:16]
+
+
+def _can_bootstrap() -> None:
+    for program in ("mmdebstrap", "apt-get"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed here (apt-get install mmdebstrap)")
+    host = apt.sources_for("debian", "bookworm", None)[0].uri.partition("://")[2].partition("/")[0]
+    try:
+        socket.create_connection((host.partition(":")[0], 80), timeout=30).close()
+    except OSError as error:
+        pytest.skip(f"the package mirror {host} cannot be reached: {error}")
+
+
+def nginx_archive() -> Path:
+    """An OCI archive of the image NGINX; made if it is not there (about a minute)."""
+    target = CACHE / f"nginx-{_key()}.tar"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "nginx.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            _can_bootstrap()
+            with tempfile.TemporaryDirectory(prefix="bh-nginx-", dir="/var/tmp") as folder:
+                made = Path(folder, "image.tar")
+                with installation(Path(folder)) as here:
+                    packages = ",".join(PACKAGES)
+                    here.cli("image", "bootstrap", SUITE, "--include", packages).ok()
+                    here.cli("tag", SUITE, NGINX).ok()
+                    here.cli("save", "-o", str(made), NGINX).ok()
+                near = target.with_suffix(".new")
+                shutil.copyfile(made, near)
+                near.rename(target)
+    return target
