@@ -129,7 +129,7 @@ class Workload:
     def serve(self, port: int = 80, text: str = "", family: int = socket.AF_INET) -> None:
         """Answer TCP connections with `text` (default: its name) and the peer's address."""
         answer = text or self.request.name
-        listener = self.inside(lambda: _listener(port, family))
+        listener = self.inside(lambda: listen_on(port, family))
         self.lab.serve(listener, answer)
 
     def ask(self, address: str, port: int, timeout_s: float = PATIENCE_S) -> str:
@@ -147,7 +147,7 @@ class Workload:
         self.lab.manager.release(self.id)
 
 
-def _listener(port: int, family: int = socket.AF_INET) -> socket.socket:
+def listen_on(port: int, family: int = socket.AF_INET) -> socket.socket:
     made = socket.socket(family, socket.SOCK_STREAM)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     made.bind(("", port))
@@ -302,7 +302,7 @@ class Lab:
         return netns.inside(self.outside.fileno(), work)
 
     def serve_outside(self, port: int, text: str = "outside") -> None:
-        self.serve(self.inside_outside(lambda: _listener(port)), text)
+        self.serve(self.inside_outside(lambda: listen_on(port)), text)
 
     def serve(self, listener: socket.socket, text: str) -> None:
         """Answer every connection with `text` and the peer's address until the lab closes."""
@@ -373,4 +373,4 @@ def udp_ask(address: str, port: int, text: str) -> str:
     raise AssertionError(f"no answer from {address} port {port}")
 
 
-__all__ = ["EndpointRequest", "Lab", "Workload", "ask", "cannot_reach", "in_lab"]
+__all__ = ["EndpointRequest", "Lab", "Workload", "ask", "cannot_reach", "in_lab", "listen_on"]

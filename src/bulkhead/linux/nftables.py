@@ -11,7 +11,7 @@ import socket
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 
 from bulkhead.linux.netlink import (
     F_APPEND,
@@ -82,6 +82,8 @@ def meta(key: int, register: int = R0) -> EXPRESSION:
 
 
 META_IIFNAME, META_OIFNAME, META_NFPROTO, META_L4PROTO = 6, 7, 15, 16
+_META_PROTOCOL = 1
+ETHER_IPV4, ETHER_ARP = 0x0800, 0x0806
 
 
 def compare(value: bytes, *, equal: bool = True, register: int = R0) -> EXPRESSION:
@@ -90,7 +92,7 @@ def compare(value: bytes, *, equal: bool = True, register: int = R0) -> EXPRESSI
 
 
 def payload(base: int, offset: int, size: int, register: int = R0) -> EXPRESSION:
-    """Load packet bytes; base 1 is the network header, 2 the transport header."""
+    """Load packet bytes; base 0 is the Ethernet header, 1 the network header, 2 the transport's."""
     return _expression("payload", be32(1, register), be32(2, base), be32(3, offset), be32(4, size))
 
 
@@ -206,6 +208,26 @@ def address_in(
         made.append(mask(size, network.netmask.packed))
     made.append(compare(network.network_address.packed, equal=inside))
     return made
+
+
+def ether_type_is(number: int) -> list[EXPRESSION]:
+    """Go on only for frames of that Ethernet type; in the bridge family."""
+    return [meta(_META_PROTOCOL), compare(number.to_bytes(2, "big"))]
+
+
+def arp_address_is(address: IPv4Address, *, sender: bool) -> list[EXPRESSION]:
+    """Go on only if an ARP packet names `address` as its sender, or as whom it looks for."""
+    return [payload(1, 14 if sender else 24, 4), compare(address.packed)]
+
+
+def ether_source_is(mac: bytes) -> list[EXPRESSION]:
+    """Go on only for frames from that MAC address."""
+    return [payload(0, 6, 6), compare(mac)]
+
+
+def ether_to_many() -> list[EXPRESSION]:
+    """Go on only for frames to a group or to all."""
+    return [payload(0, 0, 1), mask(1, b"\1"), compare(b"\0", equal=False)]
 
 
 def interface(name: str) -> bytes:

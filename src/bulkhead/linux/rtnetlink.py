@@ -40,7 +40,7 @@ _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO = 1, 3, 4, 
 _IFLA_NET_NS_FD, _IFLA_IFALIAS, _IFLA_AF_SPEC, _IFLA_PROTINFO = 28, 20, 26, 12
 _INFO_KIND, _INFO_DATA, _INFO_SLAVE_DATA, _INFO_SLAVE_KIND = 1, 2, 5, 4
 _VETH_PEER = 1
-_BRPORT_MODE, _BRPORT_ISOLATED = 4, 33
+_BRPORT_MODE, _BRPORT_LEARNING, _BRPORT_ISOLATED = 4, 8, 33
 _BR_MCAST_SNOOPING = 23
 _BR_VLAN_DEFAULT_PVID = 39
 _INET6_ADDR_GEN_MODE = 8
@@ -142,6 +142,17 @@ def hairpin_port(name: str) -> Message:
     return Message(
         _NEWLINK, 0, _link(0, 0, 0, text(_IFLA_IFNAME, name), data), f"hairpin bridge port {name}"
     )
+
+
+def no_learning_port(name: str) -> Message:
+    """Let a bridge not conclude from frames arriving at port `name` who is behind it."""
+    data = nested(
+        _IFLA_LINKINFO,
+        text(_INFO_SLAVE_KIND, "bridge"),
+        nested(_INFO_SLAVE_DATA, u8(_BRPORT_LEARNING, 0)),
+    )
+    body = _link(0, 0, 0, text(_IFLA_IFNAME, name), data)
+    return Message(_NEWLINK, 0, body, f"no learning on bridge port {name}")
 
 
 def add_bridge(name: str, *, mac: bytes, mtu: int, up: bool = True) -> Message:

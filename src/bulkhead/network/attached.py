@@ -18,6 +18,7 @@ from bulkhead.home import Home
 from bulkhead.network import files
 from bulkhead.network.bridges import Active, Endpoint
 from bulkhead.network.firewall import Redirect
+from bulkhead.network.inner import ADDRESS, GUEST_ADDRESS
 from bulkhead.network.model import AttachRequest, EndpointRequest, parse_port
 from bulkhead.network.ports import Published
 
@@ -256,7 +257,8 @@ def resolv_conf(attached: Attached) -> str:
     search = request.dns_search or host.search
     options = request.dns_options or host.options
     if attached.resolver_ports:
-        return files.resolv_conf([files.RESOLVER], search, options, ours=True)
+        server = GUEST_ADDRESS if request.guest else ADDRESS
+        return files.resolv_conf([server], search, options, ours=True)
     servers = request.dns or host.servers
     if attached.kind == "bridge" and not request.dns:
         servers = tuple(one for one in servers if not files.is_loopback(one))

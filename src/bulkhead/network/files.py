@@ -16,7 +16,6 @@ _LOCAL = (
     "ff02::2\tip6-allrouters\n"
 )
 _LOCAL4 = "127.0.0.1\tlocalhost\n"
-RESOLVER = "127.0.0.11"
 _SYSTEMD = "/run/systemd/resolve/resolv.conf"
 
 

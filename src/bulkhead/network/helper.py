@@ -150,7 +150,7 @@ class Helper:
                 return
             sockets: dict[str, socket.socket] = {}
             if record.get("resolver_ports"):
-                sockets.update(_open_inside(pid, record["resolver_ports"]))
+                sockets.update(_open_inside(pid, record))
         finally:
             os.close(pidfd)
         for port in record.get("ports") or ():
@@ -248,14 +248,17 @@ def _start_time(pid: int) -> int:
     return int(fields[19])
 
 
-def _open_inside(pid: int, ports: list[int]) -> dict[str, socket.socket]:
+def _open_inside(pid: int, record: dict[str, Any]) -> dict[str, socket.socket]:
     """The resolver's sockets in the namespace of a process, on the ports its redirection names."""
     from bulkhead.linux import netns
-    from bulkhead.network.inner import resolver_sockets
+    from bulkhead.network.inner import ADDRESS, GUEST_ADDRESS, resolver_sockets
+
+    ports = record["resolver_ports"]
+    address = GUEST_ADDRESS if record["request"].get("guest") else ADDRESS
 
     fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        udp, tcp = netns.inside(fd, lambda: resolver_sockets(ports[0], ports[1]))
+        udp, tcp = netns.inside(fd, lambda: resolver_sockets(*ports, address=address))
     finally:
         os.close(fd)
     return {"udp": udp, "tcp": tcp}

@@ -2,6 +2,9 @@
 
 The resolver listens on free ports of 127.0.0.11; the namespace's own nftables table sends port 53
 of that address there. Port 53 itself stays free, so that a workload can be a name server.
+
+In a guest's namespace (network/tap.py) nobody else is, and it listens on port 53 of an address
+beside the guest.
 """
 
 import socket
@@ -10,18 +13,25 @@ from ipaddress import IPv4Address, IPv4Network
 from bulkhead.linux import nftables as nft
 
 ADDRESS = "127.0.0.11"
+GUEST_ADDRESS = "169.254.53.53"
 TABLE = "bulkhead_names"
+_FREEBIND = 15
 
 
-def resolver_sockets(udp_port: int = 0, tcp_port: int = 0) -> tuple[socket.socket, socket.socket]:
-    """(UDP, TCP) sockets on 127.0.0.11 in the calling thread's namespace."""
+def resolver_sockets(
+    udp_port: int = 0, tcp_port: int = 0, *, address: str = ADDRESS
+) -> tuple[socket.socket, socket.socket]:
+    """(UDP, TCP) sockets on our address in the calling thread's namespace."""
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     try:
-        udp.bind((ADDRESS, udp_port))
+        # A guest's namespace gets the address only later; ip(7).
+        udp.setsockopt(socket.IPPROTO_IP, _FREEBIND, 1)
+        udp.bind((address, udp_port))
         tcp = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
+            tcp.setsockopt(socket.IPPROTO_IP, _FREEBIND, 1)
             tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            tcp.bind((ADDRESS, tcp_port))
+            tcp.bind((address, tcp_port))
             tcp.listen(64)
         except BaseException:
             tcp.close()
@@ -53,6 +63,11 @@ def redirect(udp_port: int, tcp_port: int) -> None:
         batch.add_rule("output", rule)
     with nft.connect() as netlink:
         batch.commit(netlink)
+
+
+def prepare_guest() -> tuple[socket.socket, socket.socket]:
+    """The sockets for a guest, in the calling thread's namespace."""
+    return resolver_sockets(53, 53, address=GUEST_ADDRESS)
 
 
 def prepare() -> tuple[socket.socket, socket.socket]:

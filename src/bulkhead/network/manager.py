@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from bulkhead.errors import Conflict, Denied, Invalid, NotFound
+from bulkhead.errors import Conflict, Denied, Invalid, NotFound, Unsupported
 from bulkhead.home import Home
 from bulkhead.linux import netns
 from bulkhead.linux import rtnetlink as rt
@@ -128,6 +128,11 @@ class NetworkManager:
         if request.workload_id in self._attached:
             raise Conflict(f"workload {request.workload_id} is attached to its networks already")
         mode = request.mode
+        if request.guest and (mode == "host" or mode.startswith("container:")):
+            raise Unsupported(
+                f"network mode {mode.partition(':')[0]} is not for virtual machines: use a bridge "
+                "network or none"
+            )
         if mode in ("host", "none"):
             return self._prepare_simple(request, mode)
         if mode.startswith("container:"):
@@ -154,6 +159,8 @@ class NetworkManager:
         pid = self._pids.get(target)
         if pid is None:
             raise Conflict(f"cannot join network of a non running container: {target}")
+        if target in self._attached and self._attached[target].request.guest:
+            raise Unsupported(f"the network of a virtual machine cannot be joined: {target}")
         made = Attached(request, "container", target=target)
         self._attached[request.workload_id] = made
         self._records.write(made)
@@ -195,7 +202,8 @@ class NetworkManager:
         return bool(servers) and all(files.is_loopback(one) for one in servers)
 
     def _open_resolver(self, made: Attached, namespace: int, sockets: Sockets) -> None:
-        udp, tcp = netns.inside(namespace, inner.prepare)
+        guest = made.request.guest
+        udp, tcp = netns.inside(namespace, inner.prepare_guest if guest else inner.prepare)
         sockets += [("udp", udp), ("tcp", tcp)]
         made.resolver_ports = [udp.getsockname()[1], tcp.getsockname()[1]]
         made.servers = list(made.request.dns)
@@ -310,6 +318,7 @@ class NetworkManager:
         made = self._find(workload_id)
         if made.kind != "bridge":
             raise Denied(f"container cannot be connected to another network: it has {made.kind}")
+        _no_live_guest(made)
         if self._catalog.pseudo(network):
             raise Denied(f"container cannot be connected to network {network}")
         found = self._catalog.find(network)
@@ -340,6 +349,7 @@ class NetworkManager:
             if force:
                 return self.settings(workload_id)
             raise Denied(f"container {workload_id} is not connected to network {found.name}")
+        _no_live_guest(made)
         with self._namespace(workload_id) as namespace:
             self._wiring.unplug_live(made, endpoint, namespace)
         kept = {
@@ -555,6 +565,14 @@ class NetworkManager:
         else:
             self._link.forget()
         self._bridges.close()
+
+
+def _no_live_guest(made: Attached) -> None:
+    if made.request.guest:
+        raise Unsupported(
+            f"{made.request.name} is a virtual machine that runs: its networks can be changed only "
+            "while it is stopped"
+        )
 
 
 def _close_all(sockets: Sockets) -> None:

@@ -68,6 +68,8 @@ class AttachRequest:
     dns_options: tuple[str, ...] = ()
     extra_hosts: tuple[str, ...] = ()
     mac: str = ""
+    guest: bool = False
+    """A virtual machine's: network/tap.py will turn the namespace into a guest's."""
 
     @classmethod
     def from_docker(
