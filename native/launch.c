@@ -25,7 +25,7 @@ static long slots[PROGRAM_MAX_OPS];
 /* --- checking ------------------------------------------------------------------------------ */
 
 /* How many arguments a kind takes; -1: up to six. */
-static const int arity[] = {0, -1, 4, 2, 2, 2, 0, 1, 6, 4, 3, 3, 1, 0};
+static const int arity[] = {0, -1, 4, 2, 2, 2, 0, 1, 6, 4, 3, 3, 1, -1};
 
 struct check {
     const struct header *head;
@@ -314,13 +314,34 @@ static long do_load(const struct run *run, const struct op *op)
     return (long)wide;
 }
 
-/* Everything but the standard streams and the channel, whose end tells the holder of the exec. */
-static long do_close(const struct run *run)
+static long close_between(unsigned first, unsigned end)
 {
-    unsigned channel = (unsigned)run->channel;
-    if (channel > 3 && syscall(SYS_close_range, 3u, channel - 1, 0))
+    return first < end ? result(syscall(SYS_close_range, first, end - 1, 0)) : 0;
+}
+
+/* Everything but the standard streams and the channel, whose end tells the holder of the exec.
+ * The descriptors given as arguments are kept, as KEPT_FIRST and the numbers after it. */
+static long do_close(struct run *run, const struct op *op)
+{
+    unsigned first = 3;
+    if (op->args) {
+        int kept[6], channel = fcntl(run->channel, F_DUPFD_CLOEXEC, KEPT_FIRST + 6);
+        if (channel < 0)
+            return -errno;
+        run->channel = channel;
+        for (int i = 0; i < op->args; i++)
+            if ((kept[i] = fcntl((int)value(run, op, i), F_DUPFD_CLOEXEC, KEPT_FIRST + 6)) < 0)
+                return -errno;
+        for (int i = 0; i < op->args; i++)
+            if (dup3(kept[i], KEPT_FIRST + i, 0) < 0)
+                return -errno;
+        if (close_between(first, KEPT_FIRST))
+            return -errno;
+        first = KEPT_FIRST + op->args;
+    }
+    if (close_between(first, (unsigned)run->channel))
         return -errno;
-    return result(syscall(SYS_close_range, channel + 1, ~0u, 0));
+    return result(syscall(SYS_close_range, (unsigned)run->channel + 1, ~0u, 0));
 }
 
 static long execute(struct run *run, const struct op *op)
@@ -337,7 +358,7 @@ static long execute(struct run *run, const struct op *op)
     case STORE: return do_store(run, op);
     case LOAD: return do_load(run, op);
     case FAIL: return -(long)op->arg[0];
-    case CLOSE: return do_close(run);
+    case CLOSE: return do_close(run, op);
     default: return -ENOSYS;
     }
 }
@@ -373,5 +394,6 @@ _Noreturn void program_run(void *program, const int *fds, int channel, struct pr
             fail(&run, (int)-slots[i]);
         __atomic_store_n(&progress->state, S_RUNNING, __ATOMIC_RELEASE);
     }
+    progress->done = 1;
     fail(&run, ENOEXEC); /* the program ends without an exec */
 }

@@ -19,6 +19,8 @@
 #endif
 
 enum kind { CALL = 1, WRITE, SAME_INODE, FSTYPE, SEND_FD, FORK, GATE, EXEC, STORE, LOAD, SKIP, FAIL, CLOSE };
+#define KEPT_FIRST 10 /* the number of the first descriptor that CLOSE keeps */
+
 enum tag { T_INT, T_SLOT, T_FD, T_BLOB };
 
 struct header { uint32_t magic, arch, size, ops, data, fds, zero[2]; };
@@ -40,7 +42,8 @@ struct progress {
     int32_t forked;      /* pid of the process that FORK made, else 0 */
     uint32_t no_interpreter; /* the program is there, but execve said ENOENT */
     uint32_t used;
-    char text[232];      /* argv[0] of a failed EXEC */
+    uint32_t done;       /* the program came to its end (a set-up program of a guest) */
+    char text[228];      /* argv[0] of a failed EXEC */
 };
 
 /* NULL, or why the program is refused. `new_pid`: it starts in a PID namespace of its own. */

@@ -2,24 +2,17 @@
 
 import errno
 import os
-import signal as signals
 import struct
 
+from bulkhead.boundary.failures import launch_failure
 from bulkhead.boundary.seam import Launched, LaunchRequest
-from bulkhead.errors import (
-    CommandNotExecutable,
-    CommandNotFound,
-    Conflict,
-    Invalid,
-    LaunchFailed,
-)
+from bulkhead.errors import Conflict, Invalid, LaunchFailed
 from bulkhead.linux.fds import OwnedFd
 
 MESSAGE = struct.Struct("=IIiI")
 _LAUNCH = struct.Struct("=Q10I")
 _LAUNCHED = struct.Struct("=qQ")
 _FAILURE = struct.Struct("=IIiI")
-_STEP, _EXEC, _DIED = 1, 2, 3
 _MAX_INLINE = 64 << 10
 
 
@@ -70,33 +63,11 @@ def decode_reply(request: LaunchRequest, data: bytes, fds: list[int]) -> Launche
             raise Invalid(f"launch of {request.id} refused: {text}")
         raise LaunchFailed(f"start of the process: {text}", step="clone", errno=status)
     kind, index, error, no_interpreter = _FAILURE.unpack_from(body)
-    step = request.steps[index] if index < len(request.steps) else f"step {index}"
-    if kind == _EXEC:
-        raise _exec_failure(body[_FAILURE.size :], step, error, bool(no_interpreter))
-    if kind == _DIED:
-        how = (
-            f"was killed by {signals.Signals(error & 127).name}"
-            if error & 127
-            else f"ended with code {error >> 8}"
-        )
-        raise LaunchFailed(f"{step}: the process {how}", step=step, errno=0)
-    raise LaunchFailed(f"{step}: {os.strerror(error)}", step=step, errno=error)
-
-
-def _exec_failure(name: bytes, step: str, error: int, no_interpreter: bool) -> LaunchFailed:
-    """Docker's words, by which people and clients know these failures."""
-    program = name.decode("utf-8", "replace")
-    reason = os.strerror(error).lower()
-    if error in (errno.ENOENT, errno.ENOTDIR):
-        if no_interpreter:
-            message = f"exec {program}: {reason} (the interpreter it names is missing)"
-        elif "/" in program:
-            message = f'exec: "{program}": stat {program}: {reason}'
-        else:
-            message = f'exec: "{program}": executable file not found in $PATH'
-        return CommandNotFound(message, step=step, errno=error)
-    if error == errno.ENOEXEC:
-        return CommandNotExecutable(f"exec {program}: {reason}", step=step, errno=error)
-    if error in (errno.EACCES, errno.EISDIR, errno.EPERM, errno.ETXTBSY):
-        return CommandNotExecutable(f'exec: "{program}": {reason}', step=step, errno=error)
-    return LaunchFailed(f'exec: "{program}": {reason}', step=step, errno=error)
+    raise launch_failure(
+        kind,
+        index,
+        error,
+        body[_FAILURE.size :],
+        request.steps,
+        no_interpreter=bool(no_interpreter),
+    )
