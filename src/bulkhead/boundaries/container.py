@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import stat
+from collections.abc import Sequence
 from signal import SIGKILL
 from typing import Any
 
@@ -115,6 +116,7 @@ class ContainerBoundary:
         directories: tuple[bool, ...],
         views: tuple[str, ...] = (),
         prepared: frozenset[str] = frozenset(),
+        kept: int = 0,
     ) -> Ground:
         """What of this host a program depends on."""
         hierarchy = cgroups.detect()
@@ -126,6 +128,7 @@ class ContainerBoundary:
             oom_score_adj=self.inherited_oom_score(),
             directories=directories,
             prepared=prepared,
+            kept=kept,
         )
 
 
@@ -264,12 +267,14 @@ class Container:
             directories=kinds,
             views=tuple(sorted(views)),
             prepared=frozenset(prepared),
+            kept=len(bundle.fds),
         )
         template = boundary.templates.launch(spec, bundle.rootfs, ground, terminal=stdio.terminal)
         data = template.fill(spec, bundle.rootfs, views, stdio)
         given: dict[str, int] = {f"join{i}": int(fd) for i, fd in enumerate(joins)}
         given |= self._streams(stdio)
         given |= {key: int(fd) for key, fd in prepared.items()}
+        given |= {f"kept{i}": fd for i, fd in enumerate(bundle.fds)}
         for kind, path in namespaces.paths(spec.linux).items():
             given[f"ns-{kind}"] = _open_namespace(kind, path, undo)
         cgroup_fd = self._clone_fd(undo)
@@ -365,8 +370,13 @@ class Container:
         if root is not None:
             await asyncio.to_thread(root.close)
 
-    async def exec(self, identity: str, process: Process, stdio: Stdio) -> Launched:
-        """Run `process` in every namespace and the control group of the container."""
+    async def exec(
+        self, identity: str, process: Process, stdio: Stdio, fds: Sequence[int] = ()
+    ) -> Launched:
+        """Run `process` in every namespace and the control group of the container.
+
+        It has `fds` as 10, 11 and so on.
+        """
         validate_process(process)
         if not self._running():
             raise Conflict(f"container {self.bundle.id} is not running")
@@ -387,10 +397,12 @@ class Container:
                 terminal=stdio.terminal,
                 filter_=self.boundary.templates.filter(spec),
                 oom_score_adj=self.boundary.inherited_oom_score(),
+                kept=len(fds),
             )
             given: dict[str, int] = {f"join{i}": int(fd) for i, fd in enumerate(joins)}
             given |= self._streams(stdio)
             given["target"] = int(target)
+            given |= {f"kept{i}": fd for i, fd in enumerate(fds)}
             values: dict[str, Any] = {
                 "candidates": candidates(process),
                 "argv": process.args,

@@ -33,9 +33,10 @@ def exec_template(
     terminal: bool,
     filter_: Filter | None,
     oom_score_adj: int,
+    kept: int = 0,
     available: frozenset[str] | None = None,
 ) -> Template:
-    """The program; its descriptors are "target" (a pidfd), "join0"… and the streams."""
+    """The program; its descriptors are "target" (a pidfd), "join0"…, "kept0"… and the streams."""
     program, fds = Program(), FdTable()
     common.plan_streams(program, fds)
     program.call("become undumpable", "prctl", prctl.SET_DUMPABLE, 0, 0, 0, 0)
@@ -67,6 +68,7 @@ def exec_template(
         tty.plan_control(program, slave)
     common.plan_directory(Tree(program, root), process.cwd, create=False)
     common.plan_label(program, proc, process)
-    common.plan_identity(program, process, filter_, available=available)
+    keep = [fds.fd(f"kept{number}") for number in range(kept)]
+    common.plan_identity(program, process, filter_, available=available, keep=keep)
     common.plan_exec(program, process, common.candidates(process))
     return Template(program.compile(), tuple(fds.keys), 0)

@@ -53,6 +53,8 @@ class Ground:
     """Detached mounts that come along as descriptors: "root", "mount3"."""
     available: frozenset[str] | None = None
     """Capabilities the launcher can give; None: ask the kernel about this process."""
+    kept: int = 0
+    """Descriptors the process is to have besides its standard streams."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,13 @@ class _Planner:
             credentials.plan_personality(program, self.linux.personality)
         common.plan_directory(tree, self.process.cwd, create=True)
         common.plan_label(program, proc, self.process)
-        common.plan_identity(program, self.process, self.filter, available=self.ground.available)
+        common.plan_identity(
+            program,
+            self.process,
+            self.filter,
+            available=self.ground.available,
+            keep=[self.fds.fd(f"kept{number}") for number in range(self.ground.kept)],
+        )
         common.plan_exec(program, self.process, common.candidates(self.process))
         compiled = program.compile()
         return Template(compiled, tuple(self.fds.keys), flags, compiled.holes())

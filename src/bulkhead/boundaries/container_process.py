@@ -113,6 +113,7 @@ def plan_identity(
     *,
     can_setgroups: bool = True,
     available: frozenset[str] | None = None,
+    keep: Sequence[Argument] = (),
 ) -> None:
     """Limits, capabilities, ids, no_new_privs and filter, in the order that works."""
     if process.scheduler is not None:
@@ -134,7 +135,7 @@ def plan_identity(
         names = [_capability(number) for number in planned.drop]
         credentials.plan_bounding(program, planned.drop, names)
     credentials.plan_ids(program, process.user, can_setgroups=can_setgroups)
-    program.close("close all other descriptors")
+    program.close("close all other descriptors", keep)
     if filter_ is not None and not process.no_new_privileges:
         credentials.plan_seccomp(program, filter_.program, filter_.flags)
     if planned is not None:

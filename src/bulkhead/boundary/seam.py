@@ -50,6 +50,26 @@ class Rootfs:
     upper: str | None = None
     work: str | None = None
     directory: str | None = None
+    layer_files: tuple[str, ...] = ()
+    """The EROFS images of the layers, topmost first, for boundaries with a kernel of their own."""
+    disk: str | None = None
+    """Where a guest's writable layer is kept, an ext4 image; made if it is missing."""
+    disk_size: int = 0
+    """Its size in bytes, 0 for the default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nic:
+    """One network interface of a guest and the tap it is on, which is the boundary's to close."""
+
+    name: str
+    tap: OwnedFd
+    mac: str
+    addresses: tuple[str, ...]
+    """With prefix lengths."""
+    routes: tuple[tuple[str, str], ...]
+    """(destination, gateway); the gateway is "" for what is on the link."""
+    mtu: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +80,12 @@ class Bundle:
     spec: Spec
     rootfs: Rootfs
     directory: str
+    fds: tuple[int, ...] = ()
+    """Descriptors lent until `start` returns; the process has them as 10, 11 and so on."""
+    nics: tuple[Nic, ...] = ()
+    """A guest's network interfaces; a container has them in its network namespace instead."""
+    kernel: str = ""
+    """The guest kernel's name, "" for the boundary's default."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,8 @@ _ARGS_AT = _OP.size - 48
 CALL, WRITE, SAME_INODE, FSTYPE, SEND_FD, FORK, GATE, EXEC, STORE, LOAD, SKIP, FAIL, CLOSE = range(
     1, 14
 )
+KEPT_FIRST = 10
+"""The number of the first descriptor that `close` keeps; native/launch.h."""
 KIND_NAMES = (
     "",
     "call",
@@ -292,12 +294,15 @@ class Program:
             raise ValueError(f"{step}: nothing to execute")
         self._add(_Op(EXEC, step, vectors=vectors))
 
-    def close(self, step: str) -> None:
+    def close(self, step: str, keep: "Sequence[Argument]" = ()) -> None:
         """Close all descriptors but 0, 1 and 2 (and the holder's own channel, until the exec).
 
-        Before the exec it keeps a path like /proc/self/fd/9/.. from leading to the host.
+        Before the exec it keeps a path like /proc/self/fd/9/.. from leading to the host. What is
+        in `keep` (at most 6) is there as KEPT_FIRST and the numbers after it, inherited.
         """
-        self._add(_Op(CLOSE, step))
+        if len(keep) > 6:
+            raise ValueError(f"{step}: at most 6 descriptors can be kept")
+        self._add(_Op(CLOSE, step, args=tuple(keep)))
 
     def store(self, step: str, blob: Blob, offset: int, size: int, value: Argument) -> None:
         """Store `value` in `size` bytes (1, 2, 4, 8) at `offset` of `blob`."""
