@@ -13,6 +13,7 @@ BULKHEAD_RESIDUE_SHARED=1 only what names the scope (a path or an identifier) co
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
@@ -116,10 +117,19 @@ def left(before: Snapshot, scopes: tuple[str, ...]) -> dict[str, list[str]]:
     return {kind: entries for kind, entries in new.items() if entries}
 
 
+def _derived(folder: str) -> tuple[str, ...]:
+    """What the installation below `folder` calls its control groups, tables and links."""
+    root = os.path.join(folder, "root").encode()
+    short = hashlib.sha1(root, usedforsecurity=False).hexdigest()
+    long = hashlib.sha256(root).hexdigest()
+    return f"bulkhead-{long[:8]}", f"bulkhead_{short[:16]}", f"bh0-{short[:8]}"
+
+
 @contextlib.contextmanager
 def residue(*scopes: str, settle_s: float = SETTLE_S) -> Iterator[None]:
     """Fail if the block leaves anything on the machine; `scopes` are our paths and names."""
     before = snapshot()
+    scopes = tuple(name for scope in scopes for name in (scope, *_derived(scope)))
     yield
     deadline = time.monotonic() + settle_s
     while remains := left(before, scopes):
