@@ -334,17 +334,19 @@ static void finish_launch(struct entry *e)
     uint32_t state = __atomic_load_n(&p->state, __ATOMIC_ACQUIRE);
     unwatch_and_close(e->channel);
     e->channel = -1;
-    if (p->forked && e->pid != p->forked && state == S_EXEC) {
+    if (p->forked && e->pid != p->forked) {
         /* The intermediate process is reaped as a stranger; the pid cannot be taken meanwhile,
          * for only this process reaps it. */
         e->pid = p->forked;
         close(e->pidfd);
-        e->pidfd = e->reaped ? -1 : (int)syscall(SYS_pidfd_open, e->pid, 0);
+        e->pidfd = (int)syscall(SYS_pidfd_open, e->pid, 0);
     }
     if (state != S_EXEC) {
         e->failed = 1;
-        if (e->reaped || p->forked)
-            answer_failure(e); /* else reap() answers, so that nothing of it is left by then */
+        if (e->reaped)
+            answer_failure(e);
+        else /* reap() answers, so that nothing of it is left by then */
+            kill(e->pid, SIGKILL);
         return;
     }
     e->launching = 0;
@@ -827,7 +829,7 @@ static int reap_one(pid_t pid, int status)
 {
     for (struct entry *e = entries; e; e = e->next) {
         int32_t forked = e->progress ? e->progress->forked : 0;
-        if (forked && e->pid == pid && e->launching) { /* the intermediate process of FORK */
+        if (forked && forked != pid && e->pid == pid && e->launching) { /* the intermediate process of FORK */
             e->pid = forked;
             if (e->pidfd >= 0)
                 close(e->pidfd);
@@ -836,8 +838,8 @@ static int reap_one(pid_t pid, int status)
                 kill(forked, SIGKILL);
             return 1;
         }
-        if (forked && forked == pid && e->pid != pid) /* it ended before the intermediate did */
-            e->pid = pid;
+        if (forked && forked == pid) /* e->pid may be the intermediate's: which ends first is open */
+            e->pid = pid; /* and e->pidfd too, which says the same: ended */
         if (e->pid == pid && !e->reaped) {
             entry_ended(e, status);
             return 1;
@@ -943,6 +945,7 @@ static void on_message(struct conn *c, size_t size, int *fds, int nfds)
         return;
     }
     case M_SHUTDOWN:
+        reap(); /* whoever asks may have seen the last end already */
         ending = m.status == 1 || !busy();
         reply(c, m.seq, ending ? 0 : EBUSY, ending ? "" : "workloads are running");
         return;

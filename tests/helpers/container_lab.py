@@ -202,11 +202,20 @@ class Lab:
                     container.group.kill()
                     container.group.delete()
             cgroups.detect().remove_parent(self._parent)
+            self.do(self._reaped())
             self.do(self.holder.shutdown())
             self.do(self.holder.close())
         finally:
             self._runner.close()
             self.boundary.null.close()
+
+    async def _reaped(self) -> None:
+        """Return when the holder has seen the end of everything, or the deadline passes."""
+        end = asyncio.get_running_loop().time() + DEADLINE_S
+        while any(entry.running for entry in await self.holder.entries()):
+            if asyncio.get_running_loop().time() > end:
+                break  # the shutdown will say what is running
+            await asyncio.sleep(0.01)
 
     @property
     def _parent(self) -> str:
@@ -230,11 +239,25 @@ class Lab:
         """The exit code of a process; the holder forgets it."""
 
         async def ended() -> Exit:
-            found = await asyncio.wait_for(asyncio.shield(self._future(identity)), DEADLINE_S)
+            try:
+                found = await asyncio.wait_for(asyncio.shield(self._future(identity)), DEADLINE_S)
+            except TimeoutError:
+                raise AssertionError(await self.describe([identity])) from None
             await self.holder.forget(identity)
             return found
 
         return os.waitstatus_to_exitcode(self.do(ended()).wait_status)
+
+    async def describe(self, identities: Sequence[str]) -> str:
+        """What holder and kernel say of processes whose end was not told within the deadline."""
+        entries = {entry.id: entry for entry in await self.holder.entries()}
+        lines = [f"not within {DEADLINE_S:.0f} s: the end of {', '.join(identities)}"]
+        for identity in identities[:3]:
+            entry = entries.get(identity)
+            lines.append(f"the holder: {entry}")
+            if entry is not None:
+                lines.append(_kernel_says(entry.pid))
+        return "\n".join(lines)
 
     def rootfs(self, name: str, lowers: Sequence[str] = ()) -> Rootfs:
         """An overlay of the busybox root (or `lowers`) under an empty upper directory."""
@@ -323,6 +346,17 @@ class Lab:
     ) -> Result:
         """Run a shell script in a container."""
         return self.run(["sh", "-c", script], change, rootfs=rootfs)
+
+
+def _kernel_says(pid: int) -> str:
+    """State, place in the kernel and system call of a process."""
+    found = []
+    for name in ("stat", "wchan", "syscall", "stack", "cgroup", "status"):
+        try:
+            found.append(f"{name}: {Path(f'/proc/{pid}/{name}').read_text().strip()}")
+        except OSError as error:
+            found.append(f"{name}: {error.strerror}")
+    return "\n".join(found)
 
 
 def cannot_run() -> str:
