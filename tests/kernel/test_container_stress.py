@@ -22,9 +22,7 @@ WHY_NOT = cannot_run()
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=f"no containers here: {WHY_NOT}")
 
 
-async def _execs(
-    lab: Lab, running: Running, worker: int, count: int, codes: dict[str, int]
-) -> None:
+async def _execs(running: Running, worker: int, count: int, codes: dict[str, int]) -> None:
     pick = random.Random(worker)
     base = running.container.bundle.spec.process
     assert base is not None
