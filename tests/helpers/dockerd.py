@@ -93,7 +93,7 @@ def dockerd(
         command += ["--bridge=none", "--iptables=false", "--ip-forward=false", "--ip-masq=false"]
     log = place / "log"
     with contextlib.ExitStack() as undo:
-        undo.callback(_remove_groups, group)
+        undo.callback(remove_groups, group)
         with log.open("wb") as file:
             outer = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd="/"
@@ -135,7 +135,9 @@ def _end(outer: "subprocess.Popen[bytes]") -> None:
             outer.wait()
 
 
-def _remove_groups(name: str) -> None:
+def remove_groups(name: str) -> None:
+    """Remove the control groups `name` of every hierarchy, with those below."""
+
     def removed() -> bool:
         left = False
         for line in Path("/proc/self/mountinfo").read_text().splitlines():

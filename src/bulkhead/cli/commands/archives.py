@@ -79,7 +79,7 @@ def load(context: Context, parsed: Parsed) -> None:
         raise Invalid("requested load from stdin, but stdin is empty; name a file with -i")
     fd = _open(path) if path else 0
     sys.stdout.flush()
-    progress = Progress(sys.stdout, quiet=parsed["quiet"])
+    progress = Progress(sys.stdout, quiet=parsed["quiet"] or not sys.stdout.isatty())
     try:
         found = follow(context, "image.load", {}, progress, (fd,))
     finally:
