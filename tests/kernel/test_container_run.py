@@ -17,6 +17,7 @@ from bulkhead.linux import mountinfo, mounts, namespaces, overlayfs, procfs
 from bulkhead.linux.capabilities import NUMBERS
 from bulkhead.oci.runtime import (
     Capabilities,
+    CPUAffinity,
     Device,
     Hooks,
     Memory,
@@ -115,7 +116,7 @@ def test_names(lab: Lab) -> None:
 
 
 @pytest.mark.skipif(
-    not os.path.exists("/proc/self/ns/time"), reason="this kernel has no time namespaces"
+    "time" not in namespaces.supported(), reason="this kernel has no time namespaces"
 )
 def test_time_namespace(lab: Lab) -> None:
     def change(spec: Spec) -> None:
@@ -124,6 +125,27 @@ def test_time_namespace(lab: Lab) -> None:
 
     host = float(Path("/proc/uptime").read_text().split()[0])
     assert float(lab.shell("cat /proc/uptime", change).out.split()[0]) >= host + 1_000_000
+
+
+@pytest.mark.skipif("time" in namespaces.supported(), reason="this kernel has time namespaces")
+def test_a_namespace_the_kernel_lacks_is_refused(lab: Lab) -> None:
+    with pytest.raises(Unsupported, match="no time namespaces: use one built with CONFIG_TIME_NS"):
+        lab.run(["true"], lambda spec: spec.linux.namespaces.append(Namespace("time")))
+
+
+def test_exec_on_one_processor(lab: Lab) -> None:
+    cpu = min(os.sched_getaffinity(0))
+    running = lab.start(["sleep", "1000"])
+    wanted = CPUAffinity(initial=str(cpu), final=f"{cpu}-{cpu}")
+    shown = running.exec(
+        ["grep", "Cpus_allowed_list", "/proc/self/status"], exec_cpu_affinity=wanted
+    )
+    assert shown.out.split() == ["Cpus_allowed_list:", str(cpu)]
+    with pytest.raises(Invalid, match="not a list of processors"):
+        running.exec(["true"], exec_cpu_affinity=CPUAffinity(final="1-0"))
+    with pytest.raises(LaunchFailed, match="run on processors 4095: Invalid argument"):
+        running.exec(["true"], exec_cpu_affinity=CPUAffinity(final="4095"))
+    running.kill()
 
 
 def test_root_is_an_overlay_that_forgets(lab: Lab) -> None:
@@ -474,7 +496,12 @@ def test_start_again(lab: Lab) -> None:
 
 @pytest.mark.parametrize(
     ("member", "value"),
-    [("hooks", Hooks()), ("linux.netDevices", None), ("a terminal", None)],
+    [
+        ("hooks", Hooks()),
+        ("linux.netDevices", None),
+        ("linux.mountLabel", None),
+        ("a terminal", None),
+    ],
 )
 def test_what_is_not_supported_is_refused(lab: Lab, member: str, value: Hooks | None) -> None:
     def change(spec: Spec) -> None:
@@ -482,6 +509,8 @@ def test_what_is_not_supported_is_refused(lab: Lab, member: str, value: Hooks | 
             spec.hooks = value
         elif member == "linux.netDevices":
             spec.linux.net_devices = {"eth0": NetDevice()}
+        elif member == "linux.mountLabel":
+            spec.linux.mount_label = "system_u:object_r:container_file_t:s0"
 
     if member == "a terminal":
         spec = default_spec(["true"])

@@ -70,9 +70,8 @@ class ContainerBoundary:
             facts["cgroups"] = f"v{cgroups.detect().version}"
         except Unsupported as error:
             missing.append(Missing(str(error), "mount -t cgroup2 cgroup2 /sys/fs/cgroup"))
-        for kind in kernel_namespaces.PROC_NAMES.values():
-            if not os.path.exists(f"/proc/self/ns/{kind}"):
-                missing.append(Missing(f"{kind} namespaces", "use a kernel that has them"))
+        for kind in kernel_namespaces.FLAGS.keys() - kernel_namespaces.supported():
+            missing.append(Missing(f"{kind} namespaces", _remedy(kind)))
         return Report(self.name, not missing, tuple(missing), _OPTIONAL, facts)
 
     def inherited_oom_score(self) -> int:
@@ -83,7 +82,15 @@ class ContainerBoundary:
         return self._inherited
 
     async def create(self, bundle: Bundle) -> "Container":
-        """Make the control group of a workload; nothing runs yet."""
+        """Make the control group of a workload; nothing runs yet.
+
+        Unsupported for a kind of namespace that this kernel lacks.
+        """
+        for namespace in bundle.spec.linux.namespaces:
+            if namespace.type_ not in kernel_namespaces.supported():
+                raise Unsupported(
+                    f"this kernel has no {namespace.type_} namespaces: {_remedy(namespace.type_)}"
+                )
         return Container(self, bundle, _make_group(bundle))
 
     async def load(self, bundle: Bundle, pid: int) -> "Container":
@@ -130,6 +137,11 @@ class ContainerBoundary:
             prepared=prepared,
             kept=kept,
         )
+
+
+def _remedy(kind: str) -> str:
+    option = {"network": "CONFIG_NET_NS", "cgroup": "CONFIG_CGROUPS", "mount": "CONFIG_NAMESPACES"}
+    return f"use one built with {option.get(kind, f'CONFIG_{kind.upper()}_NS')}"
 
 
 def _group_path(bundle: Bundle) -> str:

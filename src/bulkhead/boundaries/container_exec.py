@@ -40,9 +40,16 @@ def exec_template(
     program, fds = Program(), FdTable()
     common.plan_streams(program, fds)
     program.call("become undumpable", "prctl", prctl.SET_DUMPABLE, 0, 0, 0, 0)
+    affinity = process.exec_cpu_affinity
+    if affinity is None and spec.process is not None:
+        affinity = spec.process.exec_cpu_affinity
+    if affinity is not None:  # on v2 the child is born in the group: what that allows counts
+        credentials.plan_affinity(program, affinity.initial)
     for position in range(joins):
         fd = fds.fd(f"join{position}")
         program.call("join the control group", "write", fd, b"0", 1)
+    if affinity is not None:
+        credentials.plan_affinity(program, affinity.final)
     wanted = process.oom_score_adj
     if wanted is None and spec.process is not None:
         wanted = spec.process.oom_score_adj

@@ -346,6 +346,7 @@ class _Planner:
         root = self.spec.root
         wanted = self.linux.rootfs_propagation
         propagation = {
+            "private": kernel.MS_PRIVATE,
             "shared": kernel.MS_SHARED,
             "slave": kernel.MS_SLAVE,
             "unbindable": kernel.MS_UNBINDABLE,
@@ -380,6 +381,7 @@ def _refuse(spec: Spec) -> None:
         ("linux.netDevices", bool(linux.net_devices)),
         ("linux.intelRdt", linux.intel_rdt is not None),
         ("linux.memoryPolicy", linux.memory_policy is not None),
+        ("linux.mountLabel", bool(linux.mount_label)),
         ("linux.seccomp.listenerPath", bool(linux.seccomp and linux.seccomp.listener_path)),
     ):
         if present:

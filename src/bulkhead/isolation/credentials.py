@@ -102,6 +102,28 @@ def plan_scheduler(program: Program, scheduler: Scheduler) -> None:
     program.call(f"set scheduling to {scheduler.policy}", "sched_setattr", 0, data, 0)
 
 
+def cpu_mask(cpus: str) -> bytes:
+    """The mask of a list like "0-3,7" for sched_setaffinity(2), in whole 8-byte words; Invalid."""
+    mask = 0
+    for part in cpus.split(","):
+        first, dash, last = part.strip().partition("-")
+        numbers = (first, last) if dash else (first, first)
+        if not all(n.isascii() and n.isdigit() and len(n) < 5 for n in numbers):
+            raise Invalid(f"process.execCPUAffinity: {cpus!r} is not a list of processors")
+        low, high = map(int, numbers)
+        if low > high:
+            raise Invalid(f"process.execCPUAffinity: {cpus!r} is not a list of processors")
+        mask |= (1 << high + 1) - (1 << low)
+    return mask.to_bytes((mask.bit_length() + 63) // 64 * 8, "little")
+
+
+def plan_affinity(program: Program, cpus: str) -> None:
+    """Run on the processors of the list `cpus` only, if it is not empty; sched_setaffinity(2)."""
+    if cpus:
+        mask = cpu_mask(cpus)
+        program.call(f"run on processors {cpus}", "sched_setaffinity", 0, len(mask), mask)
+
+
 def plan_io_priority(program: Program, priority: IOPriority) -> None:
     """ioprio_set(2) for this process."""
     value = _IO_CLASSES[priority.class_] << 13 | priority.priority & 0x1FFF

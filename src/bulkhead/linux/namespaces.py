@@ -1,6 +1,7 @@
 """Namespaces: flags, entering, leaving, comparing. See namespaces(7)."""
 
 import os
+from functools import cache
 
 from bulkhead.linux import syscall
 from bulkhead.linux.fds import OwnedFd
@@ -37,6 +38,14 @@ PROC_NAMES: dict[str, str] = {
     "time": "time",
 }
 """The names below /proc/PID/ns."""
+
+
+@cache
+def supported() -> frozenset[str]:
+    """The kinds of namespaces that this kernel was built with, by the specification's names."""
+    return frozenset(
+        kind for kind, name in PROC_NAMES.items() if os.path.exists(f"/proc/self/ns/{name}")
+    )
 
 
 def setns(fd: int, flags: int) -> None:
