@@ -5,6 +5,7 @@ virtual machine's monitor would.
 """
 
 import contextlib
+import functools
 import os
 import select
 import threading
@@ -74,7 +75,7 @@ def fake_guest(nics: list[GuestNic]) -> Iterator[FakeGuest]:
             route.transact([rt.set_link(1, up=True)])
         taps: dict[int, int] = {}
         for nic in nics:
-            own = netns.inside(namespace.fileno(), lambda nic=nic: _set_up(nic))
+            own = netns.inside(namespace.fileno(), functools.partial(_set_up, nic))
             undo.callback(own.close)
             taps[own.fileno()] = nic.tap_fd.fileno()
             taps[nic.tap_fd.fileno()] = own.fileno()

@@ -151,6 +151,9 @@ class Control:
         if checked == old:
             raise Invalid("Renaming a container with the same name as its current name")
         self._engine.workloads.rename(workload, checked)
+        self._engine.networks.rename(workload.id, checked)
+        if workload.running:
+            workload.settings = self._engine.networks.settings(workload.id)
         self._engine.events.emit(
             "container", "rename", workload.id, attributes(workload, oldName=f"/{old}")
         )
@@ -194,6 +197,7 @@ class Control:
                 if workload.running:
                     self._engine.networks.publish(record.id, self._engine.attach_ports(merged))
                     workload.settings = self._engine.networks.settings(record.id)
+                    self._engine.tend_networks()
             record.host = merged
             self._engine.workloads.save(workload)
         self._engine.events.emit("container", "update", record.id, attributes(workload))

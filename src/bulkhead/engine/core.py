@@ -222,9 +222,18 @@ class Engine:
         return True
 
     def tend_networks(self, delay_s: float = 0.002) -> None:
-        """Let the network do what can wait, soon, when nobody waits."""
-        if self._tending is None and not self.closing:
-            self._tending = self.loop.call_later(delay_s, self._tend_networks)
+        """Let the network do what can wait, soon, when nobody waits.
+
+        To be called after each `release` and whenever else it may have something to do.
+        """
+        due = self.loop.time() + delay_s
+        if self._tending is not None:
+            if self._tending.when() <= due:
+                return
+            self._tending.cancel()
+            self._tending = None
+        if not self.closing:
+            self._tending = self.loop.call_at(due, self._tend_networks)
 
     def _tend_networks(self) -> None:
         self._tending = None

@@ -171,6 +171,30 @@ def _files(
     return written
 
 
+def rewrite_files(
+    engine: "Engine", record: Record, before: tuple[str, str], after: tuple[str, str]
+) -> None:
+    """A running workload's networks have changed: /etc/hosts and /etc/resolv.conf follow.
+
+    One that the workload itself has changed meanwhile stays as it is.
+    """
+    taken = {point.destination for point in record.mounts}
+    directory = engine.home.workload_run(record.id)
+    for place, old, new in zip(("/etc/hosts", "/etc/resolv.conf"), before, after, strict=True):
+        if old == new or place in taken:
+            continue
+        # In place: the workload has this very file mounted.
+        fd = os.open(f"{directory}/{_GENERATED[place]}", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            known = old.encode()
+            if os.pread(fd, len(known) + 1, 0) == known:
+                data = new.encode()
+                os.pwrite(fd, data, 0)
+                os.ftruncate(fd, len(data))
+        finally:
+            os.close(fd)
+
+
 def _shared(engine: "Engine", record: Record) -> tuple[dict[str, str], str | None]:
     """Namespaces of other workloads to join, and the /dev/shm that goes with an IPC namespace."""
     found: dict[str, str] = {}

@@ -211,6 +211,7 @@ class Lifecycle:
             engine.execs.workload_ended(workload, identity)
         try:
             engine.networks.release(record.id)
+            engine.tend_networks()
             workload.settings = None
             instance, workload.instance = workload.instance, None
             if instance is not None:

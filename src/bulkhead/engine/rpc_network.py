@@ -1,8 +1,10 @@
 """RPC: networks (`network.*`)."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-from bulkhead.engine import body, filters
+from bulkhead.engine import body, filters, launching
 from bulkhead.engine.calls import Call, Params, Table
 from bulkhead.engine.core import Engine
 from bulkhead.engine.records import Workload
@@ -93,6 +95,7 @@ async def remove(engine: Engine, params: One, call: Call) -> dict[str, Any]:
     """Remove it."""
     found = engine.networks.inspect(params.name)
     engine.networks.remove(params.name)
+    engine.tend_networks()
     engine.events.emit(
         "network", "destroy", found["Id"], {"name": found["Name"], "type": found["Driver"]}
     )
@@ -132,13 +135,27 @@ async def connect(engine: Engine, params: Connect, call: Call) -> dict[str, Any]
     settings = params.endpoint or body.EndpointSettings()
     async with workload.lock:
         if workload.running:
-            engine.networks.connect(record.id, found["Name"], _request(settings))
-            workload.settings = engine.networks.settings(record.id)
+            with _following_files(engine, workload):
+                engine.networks.connect(record.id, found["Name"], _request(settings))
             await engine.processes.sync_helpers()
+            engine.tend_networks()
         record.networks[found["Name"]] = settings
         engine.workloads.save(workload)
     _emit(engine, "connect", workload, found)
     return {}
+
+
+@contextlib.contextmanager
+def _following_files(engine: Engine, workload: Workload) -> Iterator[None]:
+    """What is changed inside is seen in the running workload's settings and files of /etc."""
+    before = engine.networks.files(workload.id)
+    yield
+    after = engine.networks.files(workload.id)
+    workload.settings = engine.networks.settings(workload.id)
+    shared = f"container:{workload.id}"
+    for other in engine.workloads:
+        if other is workload or (other.running and other.record.host.network_mode == shared):
+            launching.rewrite_files(engine, other.record, before, after)
 
 
 def _request(settings: body.EndpointSettings) -> EndpointRequest:
@@ -168,9 +185,10 @@ async def disconnect(engine: Engine, params: Disconnect, call: Call) -> dict[str
         raise NotFound(f"container {record.id} is not connected to network {found['Name']}")
     async with workload.lock:
         if workload.running:
-            engine.networks.disconnect(record.id, found["Name"])
-            workload.settings = engine.networks.settings(record.id)
+            with _following_files(engine, workload):
+                engine.networks.disconnect(record.id, found["Name"])
             await engine.processes.sync_helpers()
+            engine.tend_networks()
         del record.networks[key]
         if record.host.network_mode in {found["Name"], found["Id"]}:
             record.host.network_mode = next(iter(record.networks), "none")
@@ -193,6 +211,7 @@ async def prune(engine: Engine, params: Filters, call: Call) -> dict[str, Any]:
     """Remove the networks of nobody."""
     wanted = filters.normalise(params.filters, _PRUNE)
     removed = engine.networks.prune(wanted)
+    engine.tend_networks()
     for name in removed:
         engine.events.emit("network", "destroy", name, {"name": name, "type": "bridge"})
     return {"NetworksDeleted": removed}
