@@ -1,5 +1,8 @@
 """The initramfs of a guest: our init as /init, and the modules it loads, in a cpio archive.
 
+Modules that the init is to load by itself are named in /modules/order, one path a line
+(native/guest_boot.c reads it); the others are loaded by set-up programs.
+
     <root>/kernels/initramfs/HASH.cpio     named by everything that went in; shared by all guests
 
 Uncompressed newc (cpio(5)): the kernel copies it, nothing is inflated at each start.
@@ -54,13 +57,18 @@ def archive(entries: Sequence[_Entry]) -> bytes:
     return bytes(out)
 
 
-def build(home: Home, init: str, modules: Sequence[str]) -> Initramfs:
+def build(
+    home: Home, init: str, modules: Sequence[str], *, early: Sequence[str] = ()
+) -> Initramfs:
     """The archive of `init` (a static program) and `modules` (files of the host, in load order).
+
+    Those also named in `early` are loaded by the init before it looks for its channel.
 
     Compressed modules (.xz) are unpacked. Made once; later calls find it by a hash of the sources.
     """
     names = tuple(os.path.basename(path).removesuffix(".xz") for path in modules)
-    key = hashlib.sha256(b"1")
+    key = hashlib.sha256(b"2")
+    key.update("\0".join(early).encode())
     for path in (init, *modules):
         info = os.stat(path)
         key.update(f"{path}\0{info.st_ino}\0{info.st_size}\0{info.st_mtime_ns}\0".encode())
@@ -79,6 +87,10 @@ def build(home: Home, init: str, modules: Sequence[str]) -> Initramfs:
         _Entry(f"modules/{name}", stat.S_IFREG | 0o644, _module(source))
         for name, source in zip(names, modules, strict=True)
     ]
+    first = [name for name, source in zip(names, modules, strict=True) if source in early]
+    if first:
+        order = "".join(f"/modules/{name}\n" for name in first).encode()
+        entries.append(_Entry("modules/order", stat.S_IFREG | 0o644, order))
     os.makedirs(folder, mode=0o711, exist_ok=True)
     _write(folder, path, archive(entries))
     return made

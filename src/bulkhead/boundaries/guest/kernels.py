@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bulkhead.boundaries.vmm import bzimage
 from bulkhead.errors import Conflict, Invalid, NotFound, Unavailable, Unsupported
 from bulkhead.home import Home
 
@@ -211,7 +212,9 @@ def pull(home: Home, name: str) -> Kernel:
         if not os.path.isdir(modules):
             modules = f"{scratch}/tree/usr/lib/modules/{release}"
         _run(["depmod", "-b", os.path.dirname(modules).removesuffix("/lib/modules"), release], "/")
-        return add(home, CLOUD, images[0], modules, source=package)
+        with open(images[0], "rb") as packed, open(f"{scratch}/vmlinux", "wb") as plain:
+            plain.write(bzimage.extract(packed.read()))
+        return add(home, CLOUD, f"{scratch}/vmlinux", modules, source=package)
 
 
 def _cloud_package() -> str:
