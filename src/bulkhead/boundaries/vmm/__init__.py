@@ -1,0 +1,1 @@
+"""Virtual machine monitors that run inside a jail, and what they boot."""

@@ -1,0 +1,197 @@
+"""QEMU's `microvm` machine as a command line: a pure function of what the guest shall have.
+
+The devices are the fewest that do: a virtio port for the guest protocol, one network card, disks;
+a serial line that only the kernel's last words go to. Nothing is emulated that the guest does not
+use: no PCI, no VGA, no USB, no firmware (PVH entry), no monitor unless a template asks for one.
+
+Where things are (`layout`): the guest enumerates the virtio-mmio transports from the highest bus
+down, and every workload has the same layout, so that a template fits all of one size:
+
+    bus 23    virtio-serial with the port "bulkhead.0"
+    bus 22…   network cards                                     eth0, eth1, …
+    then      disks: the layers topmost first, then the upper   /dev/vda, /dev/vdb, …
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bulkhead.errors import Invalid, Unsupported
+
+BINARY = "/usr/bin/qemu-system-x86_64"
+PORT = "bulkhead.0"
+"""The name of the virtio port that carries the guest protocol."""
+TRANSPORTS = 24
+MIN_MEMORY = 96 << 20
+"""Bytes below which the cloud kernel does not reach its process 1."""
+TRANSLATED_CODE = 64 << 20
+"""Bytes that TCG may keep of translated code."""
+
+_BASELINE = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand"
+"""x86-64-v2, which today's distributions are built for, with a random number instruction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A raw file as a virtio disk; every path here is one inside the jail."""
+
+    path: str
+    readonly: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A network card on a tap device, whose packets have a `virtio_net_hdr` before them."""
+
+    tap_fd: int
+    mac: str
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Everything that a microVM is made of.
+
+    Descriptors are numbers in the process that becomes QEMU. `memory_file`: guest memory is this
+    file; what the guest writes stays in memory (MAP_PRIVATE) unless `memory_shared`. `control_fd`:
+    a socket on which QMP is spoken. `incoming`: wait for the state of a saved guest.
+    `placeholders`: how many disks there shall be; those that `disks` leaves over are empty.
+    """
+
+    kernel: str
+    initramfs: str
+    channel_fd: int
+    disks: Sequence[Disk] = ()
+    memory_bytes: int = 256 << 20
+    vcpus: int = 1
+    accelerator: str = "tcg"
+    tsc_khz: int = 0
+    cards: Sequence[Card] = ()
+    placeholders: int = 0
+    memory_file: str = ""
+    memory_shared: bool = False
+    control_fd: int = -1
+    incoming: bool = False
+    binary: str = BINARY
+
+
+def argv(machine: Machine) -> list[str]:
+    """QEMU's command line; Invalid or Unsupported for what no microVM can be."""
+    _check(machine)
+    words = [machine.binary, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
+    # What a microVM never does: raise privileges, start processes, change scheduling of others.
+    words += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
+    words += ["-name", "bulkhead,process=qemu"]
+    words += _board(machine)
+    words += ["-kernel", machine.kernel, "-initrd", machine.initramfs]
+    words += ["-append", command_line(machine)]
+    words += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
+    words += ["-chardev", f"socket,id=channel,fd={machine.channel_fd}"]
+    words += ["-device", f"virtio-serial-device,max_ports=2,{_bus(0)}"]
+    words += ["-device", f"virtserialport,chardev=channel,name={PORT}"]
+    for number, card in enumerate(machine.cards):
+        words += ["-netdev", f"tap,id=net{number},fd={card.tap_fd},vnet_hdr=on"]
+        words += [
+            "-device",
+            f"virtio-net-device,netdev=net{number},mac={card.mac},{_bus(1 + number)}",
+        ]
+    for place in range(max(len(machine.disks), machine.placeholders)):
+        words += _disk(machine, place)
+    if machine.control_fd >= 0:
+        words += ["-chardev", f"socket,id=control,fd={machine.control_fd}"]
+        words += ["-mon", "chardev=control,mode=control"]
+    if machine.incoming:
+        words += ["-incoming", "defer"]
+    return words
+
+
+def _check(machine: Machine) -> None:
+    count, room = max(len(machine.disks), machine.placeholders), max_disks(len(machine.cards))
+    if count > room:
+        raise Unsupported(
+            f"a microVM with {len(machine.cards)} network cards has at most {room} disks, "
+            f"{count} are needed"
+        )
+    if machine.memory_bytes < MIN_MEMORY:
+        raise Invalid(
+            f"a microVM needs at least {MIN_MEMORY >> 20} MiB of memory, not "
+            f"{machine.memory_bytes >> 20}: give --memory {MIN_MEMORY >> 20}m or more"
+        )
+    if machine.accelerator not in ("kvm", "tcg"):
+        raise Invalid(f"unknown accelerator {machine.accelerator!r}; there are kvm and tcg")
+    if machine.vcpus < 1:
+        raise Invalid(f"{machine.vcpus} processors")
+    for disk in machine.disks:
+        if "," in disk.path:
+            raise Invalid(f"a disk's path may not contain a comma: {disk.path}")
+
+
+def _board(machine: Machine) -> list[str]:
+    # ACPI: the distribution's kernel finds virtio-mmio devices no other way. The clock chip: a
+    # kernel that finds none waits for it, busily, for a second and a half.
+    board = "microvm,acpi=on,pit=off,pic=off,rtc=on,isa-serial=on,ioapic2=on"
+    board += ",auto-kernel-cmdline=off,x-option-roms=off,mem-merge=off"
+    size = machine.memory_bytes >> 20
+    words = []
+    if machine.memory_file:
+        share = "on" if machine.memory_shared else "off"
+        words += [
+            "-object",
+            f"memory-backend-file,id=memory,size={size}M,mem-path={machine.memory_file},share={share}",
+        ]
+        board += ",memory-backend=memory"
+    words += ["-M", board, "-m", f"{size}M", "-smp", str(machine.vcpus)]
+    if machine.accelerator == "kvm":
+        return [*words, "-accel", "kvm", "-cpu", "host"]
+    threads = "multi" if machine.vcpus > 1 else "single"
+    tcg = f"tcg,thread={threads},tb-size={TRANSLATED_CODE >> 20}"
+    return [*words, "-accel", tcg, "-cpu", _BASELINE]
+
+
+def command_line(machine: Machine) -> str:
+    """The kernel's: what it would look for and not find is named, so that it does not look.
+
+    Mitigations are left as the kernel chooses them.
+    """
+    words = [
+        "console=ttyS0 quiet loglevel=3 panic=-1 8250.nr_uarts=1",
+        f"nr_cpus={machine.vcpus}",
+        "pci=off audit=0 apparmor=0 nowatchdog cryptomgr.notests random.trust_cpu=on",
+    ]
+    if machine.accelerator == "tcg":
+        # The emulated processor counts in the host's clock, but has no timer to measure it by.
+        # Without a real address space layout there is nothing to gain from moving the kernel.
+        words.append(f"nokaslr tsc=reliable tsc_early_khz={machine.tsc_khz}")
+    return " ".join(words)
+
+
+def _bus(place: int) -> str:
+    return f"bus=virtio-mmio-bus.{TRANSPORTS - 1 - place}"
+
+
+def _disk(machine: Machine, place: int) -> list[str]:
+    name = f"disk{place}"
+    if place < len(machine.disks):
+        disk = machine.disks[place]
+        switch = "on" if disk.readonly else "off"
+        node = f"driver=file,node-name={name},filename={disk.path},read-only={switch}"
+        # The engine's own lock on a workload is enough; layers are many guests' at once.
+        node += ",locking=off"
+        if not disk.readonly:
+            node += ",discard=unmap"
+    else:
+        node = f"driver=null-co,node-name={name},size=1048576,read-zeroes=on"
+    return [
+        "-blockdev",
+        node,
+        "-device",
+        f"virtio-blk-device,drive={name},{_bus(1 + len(machine.cards) + place)}",
+    ]
+
+
+def max_disks(cards: int) -> int:
+    """How many disks there is room for beside `cards` network cards."""
+    return TRANSPORTS - 1 - cards
+
+
+def disk_names(count: int) -> list[str]:
+    """The guest's device files of the first `count` disks."""
+    return [f"/dev/vd{chr(ord('a') + place)}" for place in range(count)]
