@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bulkhead.keeper.holder import program_path
-from tests.helpers.processes import PYTHON, command, eventually, rig, stdio_steps
+from tests.helpers.processes import DEADLINE_S, PYTHON, command, eventually, rig, stdio_steps
 
 CLONE_NEWPID = 0x20000000
 
@@ -16,7 +16,7 @@ CLONE_NEWPID = 0x20000000
 ORPHANS = """
 import os, signal, sys, time
 def ended(*_):
-    print('got it', flush=True)
+    os.write(1, b'got it\\n')
     os._exit(9)
 signal.signal(signal.SIGUSR1, ended)
 read, write = os.pipe()
@@ -33,7 +33,7 @@ while True:
     except ProcessLookupError:
         break
     time.sleep(0.01)
-print('reaped', os.getppid(), flush=True)
+os.write(1, b'reaped %d\\n' % os.getppid())  # print is not reentrant: the signal may come in it
 while True:
     signal.pause()
 """
@@ -58,8 +58,9 @@ def test_signals_are_forwarded_and_orphans_reaped(tmp_path: Path, tty: bool) -> 
                 assert await loop.run_in_executor(None, os.read, read, 100) == b"reaped 1\n"
             if tty:
                 # Without a PID namespace the orphan falls to the holder, which reaps as well.
-                while b"reaped" not in await it.logged("a"):
-                    await asyncio.sleep(0.01)
+                async with asyncio.timeout(DEADLINE_S):
+                    while b"reaped" not in await it.logged("a"):
+                        await asyncio.sleep(0.01)
             await it.holder.signal("a", signal.SIGUSR1)
             event = await it.exited("a")
             assert os.waitstatus_to_exitcode(event.wait_status) == 9
