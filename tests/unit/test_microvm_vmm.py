@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bulkhead.boundaries.guest import depmod
 from bulkhead.boundaries.vmm import acceleration, bzimage, qemu
 from bulkhead.errors import Invalid, Unsupported
 from bulkhead.store import codecs
@@ -139,3 +140,20 @@ def test_no_kvm_without_its_node(tmp_path: Path) -> None:
     found = acceleration.acceleration(str(tmp_path / "kvm"))
     assert found.name == "tcg"
     assert "does not exist" in found.reason
+
+
+def test_dependencies_of_modules(tmp_path: Path) -> None:
+    (tmp_path / "kernel").mkdir()
+    info = b"\x7fELF\0license=GPL\0depends=%s\0retpoline=Y\0"
+    (tmp_path / "kernel/virtio-net.ko").write_bytes(info % b"virtio_ring,built-in")
+    (tmp_path / "kernel/virtio_ring.ko.xz").write_bytes(lzma.compress(info % b""))
+    depmod.write(str(tmp_path))
+    assert (tmp_path / "modules.dep").read_text().splitlines() == [
+        "kernel/virtio-net.ko: kernel/virtio_ring.ko.xz",
+        "kernel/virtio_ring.ko.xz: ",
+    ]
+    (tmp_path / "modules.dep").unlink()
+    (tmp_path / "kernel/bad.ko").write_bytes(b"\x7fELF")
+    with pytest.raises(Invalid):
+        depmod.write(str(tmp_path))
+    assert not list(tmp_path.glob("modules.dep*"))

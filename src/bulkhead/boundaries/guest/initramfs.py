@@ -57,9 +57,7 @@ def archive(entries: Sequence[_Entry]) -> bytes:
     return bytes(out)
 
 
-def build(
-    home: Home, init: str, modules: Sequence[str], *, early: Sequence[str] = ()
-) -> Initramfs:
+def build(home: Home, init: str, modules: Sequence[str], *, early: Sequence[str] = ()) -> Initramfs:
     """The archive of `init` (a static program) and `modules` (files of the host, in load order).
 
     Those also named in `early` are loaded by the init before it looks for its channel.

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bulkhead.boundaries.guest import depmod
 from bulkhead.boundaries.vmm import bzimage
 from bulkhead.errors import Conflict, Invalid, NotFound, Unavailable, Unsupported
 from bulkhead.home import Home
@@ -211,7 +212,7 @@ def pull(home: Home, name: str) -> Kernel:
         modules = f"{scratch}/tree/lib/modules/{release}"
         if not os.path.isdir(modules):
             modules = f"{scratch}/tree/usr/lib/modules/{release}"
-        _run(["depmod", "-b", os.path.dirname(modules).removesuffix("/lib/modules"), release], "/")
+        depmod.write(modules)
         with open(images[0], "rb") as packed, open(f"{scratch}/vmlinux", "wb") as plain:
             plain.write(bzimage.extract(packed.read()))
         return add(home, CLOUD, f"{scratch}/vmlinux", modules, source=package)
