@@ -8,9 +8,14 @@ import contextlib
 import lzma
 import os
 import re
+import sys
 
-from bulkhead.boundaries.vmm.bzimage import zstd
 from bulkhead.errors import Invalid
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
 _SUFFIXES = (".ko", ".ko.xz", ".ko.zst")
