@@ -1,5 +1,6 @@
 """The command server and both clients, against a fake engine: no privileges needed."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -185,23 +186,31 @@ def test_a_signal_ends_a_command_that_only_waits(rig: Rig, client: str) -> None:
     assert process.returncode == -signal.SIGTERM
 
 
+def servers(rig: Rig) -> dict[int, tuple[int, str]]:
+    """Pids of the command server and its workers: each one's parent and standard output."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if b"bulkhead.cli.server" in words and str(rig.here.run).encode() in words:
+                    parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                    found[int(entry.name)] = parent, os.readlink(entry / "fd" / "1")
+    return found
+
+
+def heads(rig: Rig) -> list[int]:
+    """Those of them whose parent is none of them."""
+    found = servers(rig)
+    return [pid for pid, (parent, _) in found.items() if parent not in found]
+
+
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_worker_that_dies_is_told(rig: Rig, client: str) -> None:
     def stats(params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdecimal():
-                continue
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                name = os.readlink(entry / "fd" / "1")
-            except OSError:
-                continue
-            if (
-                b"bulkhead.cli.server" in words
-                and str(rig.here.run).encode() in words
-                and (name.startswith("pipe:"))
-            ):
-                os.kill(int(entry.name), signal.SIGKILL)
+        for pid, (_, output) in servers(rig).items():
+            if output.startswith("pipe:"):
+                os.kill(pid, signal.SIGKILL)
         return {}
 
     rig.handlers["system.info"] = stats
@@ -210,6 +219,32 @@ def test_a_worker_that_dies_is_told(rig: Rig, client: str) -> None:
     assert b"ended unexpectedly" in done.stderr
     rig.handlers["workload.run"] = ended(0)
     assert rig.cli(client, "run", "image").returncode == 0
+
+
+def test_workers_end_when_the_server_is_killed(rig: Rig) -> None:
+    begun, free = threading.Event(), threading.Event()
+
+    def wait(params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        begun.set()
+        assert free.wait(TIMEOUT_S)
+        return {"StatusCode": 7}
+
+    rig.handlers["workload.wait"] = wait
+    busy = rig.popen("native", "wait", "x")
+    try:
+        assert begun.wait(TIMEOUT_S)
+        # Servers that were begun at the same time end once they see the lock taken.
+        until(lambda: len(heads(rig)) == 1, "there is one server")
+        os.kill(heads(rig)[0], signal.SIGKILL)
+        # What waits ends at once; the command that runs is not harmed.
+        until(lambda: len(servers(rig)) == 1, "the workers that wait end")
+    finally:
+        free.set()
+    out, err = busy.communicate(timeout=TIMEOUT_S)
+    assert (busy.returncode, out, err) == (0, b"7\n", b"")
+    until(lambda: not servers(rig), "the worker that was busy ends")
+    rig.handlers["workload.run"] = ended(5)
+    assert rig.cli("native", "run", "image").returncode == 5
 
 
 def test_another_installation_is_refused_and_falls_back(rig: Rig, tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ class Installation:
             "BULKHEAD_ROOT": str(self.root),
             "BULKHEAD_RUN": str(self.run),
             "BULKHEAD_COMMAND_SERVER": "1" if server else "0",
+            "BULKHEAD_COMMAND_SERVER_WATCH": "0",  # whoever edits the checkout meanwhile
             "BULKHEAD_PYTHON": sys.executable,
             "PYTHONPATH": str(SOURCE),
             "DOCKER_CONFIG": str(self.run / "docker"),

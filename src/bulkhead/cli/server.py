@@ -16,8 +16,9 @@ connection ends the command. Worker: `S` when it takes the command (before that,
 it itself without harm), then `X` and the exit code. A closed connection after `S` is a crash.
 
 A worker refuses a client of another installation, and everything once a file of the program has
-changed (inotify(7)): the server then ends and the next client starts a new one. Without work for
-IDLE_S it ends too.
+changed (inotify(7); not with BULKHEAD_COMMAND_SERVER_WATCH=0): the server then ends and the next
+client starts a new one. Without work for IDLE_S it ends too. If it is killed, its workers end:
+those that wait at once (PR_SET_PDEATHSIG), the others after their command.
 """
 
 import contextlib
@@ -36,14 +37,18 @@ from types import FrameType
 from bulkhead.cli import warm
 from bulkhead.cli.pyclient import MAGIC, PROTOCOL
 from bulkhead.client.connection import Connection
+from bulkhead.linux import prctl
 
 IDLE_S = float(os.environ.get("BULKHEAD_COMMAND_SERVER_IDLE_S", "900"))
+WATCH = os.environ.get("BULKHEAD_COMMAND_SERVER_WATCH") != "0"
 PARKED = 2
 REFILL_DELAY_MS = 30.0
 """How long a fork for the next command waits while this one uses the processor."""
 MAX_COMMANDS = 256
 LONG_S = 2.0
 """A worker whose command took longer is not used again: it has been replaced by then."""
+_ORPHANED = signal.SIGRTMAX
+"""What the kernel sends a worker when the server dies: fatal while it waits, else ignored."""
 _HEADER = 24
 _MAX_REQUEST = 8 << 20
 _STOP = b"bulkhead:stop-server"
@@ -172,19 +177,25 @@ class Worker:
         self._signals = _Signals()
         self._connections: list[Connection] = []
         self._pid = 0
+        self._server = os.getpid()
 
     def serve(self) -> int:
         """Until there is a reason to be replaced; the process's exit status."""
         self._pid = os.getpid()
+        prctl.prctl(prctl.SET_PDEATHSIG, _ORPHANED)
         gc.disable()
         warm.rehearse()
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         for _ in range(MAX_COMMANDS):
             self._park()
+            signal.signal(_ORPHANED, signal.SIG_DFL)
+            if os.getppid() != self._server:
+                return 0
             try:
                 sock, _ = self._listener.accept()
             except OSError:
                 return 0
+            signal.signal(_ORPHANED, signal.SIG_IGN)
             with sock:
                 self._tell(b"b")
                 if not self._one(sock):
@@ -272,7 +283,7 @@ class Server:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return  # another one serves already
-            changes = warm.watch(_HERE)
+            changes = warm.watch(_HERE if WATCH else "")
             stack.callback(os.close, changes)
             warm.load()
             warm.rehearse()

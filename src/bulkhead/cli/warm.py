@@ -57,12 +57,12 @@ def rehearse() -> None:
 
 
 def watch(package: str) -> int:
-    """An inotify descriptor that is readable once a file of the package has changed."""
+    """An inotify descriptor, readable once a file below `package` has changed ("": never)."""
     from bulkhead.linux import inotify
 
     fd = inotify.create()
     try:
-        for directory, names, _ in os.walk(package):
+        for directory, names, _ in os.walk(package) if package else ():
             names[:] = [name for name in names if name != "__pycache__"]
             inotify.watch(fd, directory, inotify.CLOSE_WRITE | inotify.MOVED_TO | inotify.DELETE)
     except BaseException:
