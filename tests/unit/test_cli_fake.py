@@ -142,7 +142,7 @@ def test_run_detached(
 
 
 def test_run_needs_a_terminal_for_it(cli: Cli, capfd: pytest.CaptureFixture[str]) -> None:
-    assert cli("run", "-it", "debian") == 125
+    assert cli("run", "-it", "debian") == 1
     assert "the input device is not a TTY" in capfd.readouterr().err
 
 
@@ -153,8 +153,8 @@ def test_run_needs_a_terminal_for_it(cli: Cli, capfd: pytest.CaptureFixture[str]
                             "See 'bulkhead --help'.\n"),
         (["run", "--frob", "x"], 125, "bulkhead: unknown flag: --frob\n"
                                       "See 'bulkhead run --help'.\n"),
-        (["run"], 125, "bulkhead: 'bulkhead run' requires at least 1 argument\n"
-                       "See 'bulkhead run --help'.\n"),
+        (["run"], 1, "bulkhead: 'bulkhead run' requires at least 1 argument\n"
+                     "See 'bulkhead run --help'.\n"),
         (["network", "frob"], 1, "bulkhead: unknown command: bulkhead network frob\n"
                                  "See 'bulkhead --help'.\n"),
         (["-H", "tcp://x", "ps"], 125, "bulkhead: --host tcp://x: only "
@@ -381,4 +381,4 @@ def test_cp_out_and_in(
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         assert archive.getnames() == ["g"]
     assert cli("cp", "web:/nope", str(tmp_path)) == 1
-    assert cli("cp", "a", "b") == 125
+    assert cli("cp", "a", "b") == 1

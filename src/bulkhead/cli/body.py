@@ -180,6 +180,8 @@ def _expose(specs: list[str], body: Body, host: Body) -> None:
 
 def _restart(text: str, body: Body, host: Body) -> None:
     host["RestartPolicy"] = restart_policy(text)
+    if host.get("AutoRemove") and host["RestartPolicy"]["Name"] not in ("", "no"):
+        raise UsageError("conflicting options: cannot specify both --restart and --rm")
 
 
 def restart_policy(text: str) -> Body:

@@ -69,7 +69,7 @@ class Command:
         parsed = self.table.parse(argv, interspersed=self.interspersed)
         count = len(parsed.args)
         if count < self.least or (self.most is not None and count > self.most):
-            raise UsageError(f"'bulkhead {self.words}' {self._wanted()}")
+            raise UsageError(f"'bulkhead {self.words}' {self._wanted()}", code=1)
         return parsed
 
     def _wanted(self) -> str:

@@ -27,7 +27,7 @@ GLOBAL = Table(
 )
 
 # Errors of these commands leave codes below 125 to the workload.
-_WORKLOAD_CODES = frozenset(("run", "exec", "create"))
+_OTHERWISE = {"run": 125, "exec": 1}
 _EXIT = {"command-not-found": 127, "command-not-executable": 126}
 
 
@@ -142,11 +142,9 @@ def report(error: BaseException, words: str, *, debug: bool) -> int:
         return code if isinstance(code, int) else 125
     if isinstance(error, BulkheadError):
         _complain(f"bulkhead: {error.message}")
-        if words not in _WORKLOAD_CODES:
+        if words not in _OTHERWISE or "no_terminal" in error.details:
             return 1
-        if words == "create":
-            return 1
-        return _EXIT.get(error.category, 125)
+        return _EXIT.get(error.category, _OTHERWISE[words])
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         _complain(f"bulkhead: {where}{error.strerror or error}")

@@ -4,8 +4,8 @@
     run_argv()   one command line in this process (the command server's workers call it too)
 
 Exit codes: 0, or the workload's own for run/exec/start -a/wait-like commands; 1 for an error of
-most commands; 125 for a wrong command line, and for errors of `run` and `exec` that are not the
-program's; 126 and 127 for a program that cannot be executed or is not there; 128+n by signal.
+most commands; 125 for a wrong flag, and for errors of `run` that are not the program's; 126 and
+127 for a program that cannot be executed or is not there; 128+n by signal.
 """
 
 from __future__ import annotations

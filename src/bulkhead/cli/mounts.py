@@ -30,7 +30,7 @@ def volume_flag(spec: str) -> tuple[str | None, str]:
             if mode not in _MODES:
                 raise UsageError(f'invalid argument "{spec}" for "-v, --volume" flag: '
                                  f"invalid mode: {mode}")  # fmt: skip
-    if source.startswith(".") or "/" in source:
+    if source in (".", "..") or source.startswith(("./", "../")):
         source = os.path.abspath(source)
     return ":".join([source, *parts[1:]]), target
 

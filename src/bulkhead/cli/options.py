@@ -13,7 +13,10 @@ from bulkhead.errors import BulkheadError
 
 
 class UsageError(BulkheadError):
-    """The command line itself is wrong; shown with "See 'bulkhead … --help'.", exit code 125."""
+    """The command line itself is wrong; shown with "See 'bulkhead … --help'."
+
+    Its exit code is 125, or the detail `code`.
+    """
 
     category = "invalid"
 

@@ -39,7 +39,9 @@ def detach_keys(text: str) -> str:
 def require_terminal(tty: bool, stdin: bool) -> None:
     """Refuse -it when standard input is no terminal, in docker's words."""
     if tty and stdin and not os.isatty(0):
-        raise Unavailable("the input device is not a TTY; leave out -t, or use a terminal")
+        raise Unavailable(
+            "the input device is not a TTY; leave out -t, or use a terminal", no_terminal=True
+        )
 
 
 class Session:

@@ -25,9 +25,9 @@ def cp(context: Context, parsed: Parsed) -> None:
     """`bulkhead cp`."""
     (source_name, source), (target_name, target) = split(parsed.args[0]), split(parsed.args[1])
     if source_name and target_name:
-        raise UsageError("copying between containers is not supported")
+        raise UsageError("copying between containers is not supported", code=1)
     if not source_name and not target_name:
-        raise UsageError("must specify at least one container source")
+        raise UsageError("must specify at least one container source", code=1)
     if source_name:
         _out(context, source_name, source, target, parsed)
         return

@@ -19,7 +19,7 @@ def start(context: Context, parsed: Parsed) -> int:
 
         return context.each(parsed.args, act)
     if len(parsed.args) > 1:
-        raise UsageError("you cannot start and attach multiple containers at once")
+        raise UsageError("you cannot start and attach multiple containers at once", code=1)
     return _attached(context, parsed)
 
 
