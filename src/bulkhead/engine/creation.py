@@ -5,7 +5,7 @@ import os
 import time
 
 from bulkhead.boundary import registry
-from bulkhead.engine import body, merge, mountpoints, names, options, security
+from bulkhead.engine import body, merge, mountpoints, names, options, platforms, security
 from bulkhead.engine.core import Engine
 from bulkhead.engine.records import MountPoint, Record, Workload
 from bulkhead.errors import Invalid, NotFound
@@ -44,6 +44,7 @@ def _checked(
     kind = _boundary(boundary, request)
     warnings = options.validate(request)
     image = _image(engine, request.image)
+    warnings += platforms.check(image, request.image, request.platform or "")
     record = _record(engine, request, image, kind)
     record.name = _name(engine, name)
     return record, warnings

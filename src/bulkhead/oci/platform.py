@@ -86,6 +86,11 @@ def _rank(offered: Platform, wanted: Platform, *, exact: bool) -> int | None:
     return None
 
 
+def suits(offered: Platform, wanted: Platform, *, exact: bool = False) -> bool:
+    """Whether what is for `offered` runs where `wanted` is; `exact` as in `choose`."""
+    return _rank(offered, normalise(wanted), exact=exact) is not None
+
+
 def choose(
     manifests: Sequence[Descriptor], wanted: Platform, what: str, *, exact: bool = False
 ) -> Descriptor:

@@ -25,7 +25,10 @@ def _ensure_image(context: Context, parsed: Parsed, error: NotFound | None = Non
         if policy == "always":
             _pull(context, image, parsed, quiet=parsed["quiet"])
         return
-    if policy == "never" or not error.message.lower().startswith("no such image"):
+    text = error.message.lower()
+    if policy == "never" or not (
+        text.startswith("no such image") or "does not match the specified platform" in text
+    ):
         raise error
     if not parsed["quiet"]:
         shown = image if ":" in image.rpartition("/")[2] or "@" in image else f"{image}:latest"
@@ -38,6 +41,8 @@ def _request(context: Context, parsed: Parsed) -> dict[str, Any]:
     params: dict[str, Any] = {"body": create_body(parsed, context.environ)}
     if parsed["name"]:
         params["name"] = parsed["name"]
+    if parsed["platform"]:
+        params["body"]["Platform"] = parsed["platform"]
     boundary = parsed["boundary"] or parsed["runtime"]
     if boundary and boundary not in ("runc", "crun", "io.containerd.runc.v2"):
         params["boundary"] = boundary
