@@ -10,6 +10,7 @@ import os
 import sys
 import time
 
+from bulkhead import home as place
 from bulkhead.client.connection import Connection
 from bulkhead.errors import Unavailable
 from bulkhead.home import Home
@@ -54,9 +55,7 @@ def _start(home: Home, path: str) -> Connection:
 
 def engine_environment() -> dict[str, str]:
     """The environment a background process of ours gets: this one's, minus what leads elsewhere."""
-    import bulkhead
-
-    source = os.path.dirname(os.path.dirname(os.path.abspath(bulkhead.__file__)))
+    source = os.path.dirname(os.path.dirname(os.path.abspath(place.__file__)))
     environment = {k: v for k, v in os.environ.items() if not k.startswith("BULKHEAD_CLIENT")}
     paths = [p for p in environment.get("PYTHONPATH", "").split(":") if p and p != source]
     environment["PYTHONPATH"] = ":".join([source, *paths])
