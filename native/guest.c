@@ -282,9 +282,10 @@ static void on_run(const struct frame *f, char *bytes, size_t size)
         if (r.mode == MODE_PIPES)
             error = make_pipes(p, theirs);
         else {
-            error = 0;
-            for (int i = 0; i < 3; i++)
-                theirs[i] = i;
+            theirs[0] = open("/dev/null", O_RDWR | O_CLOEXEC); /* its number is none that is set up */
+            theirs[1] = fcntl(theirs[0], F_DUPFD_CLOEXEC, 3);
+            theirs[2] = fcntl(theirs[0], F_DUPFD_CLOEXEC, 3);
+            error = theirs[2] < 0 ? errno : 0;
         }
         if (!error && r.context) {
             error = !context || context->reaped ? ESRCH : 0;
@@ -297,8 +298,7 @@ static void on_run(const struct frame *f, char *bytes, size_t size)
             problem = error == ESRCH ? "the process to join has ended" : strerror(error);
     }
     for (int i = 0; i < 4; i++)
-        if (theirs[i] > 2)
-            close(theirs[i]);
+        close_fd(&theirs[i]);
     if (problem) {
         refuse(f->id, error, problem);
         setup_failed |= r.mode == MODE_SETUP;

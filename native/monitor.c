@@ -12,6 +12,7 @@
  *       --detail FILE   how it ended, as JSON
  *       --clone         the guest was booted before: speak first
  *       --boot-seconds N   how long the guest may take to its HELLO (120)
+ *       Signals are passed on to the main process, 63 as SIGKILL.
  *   bulkhead-monitor exec --socket PATH [--frames FILE] [--report PATH]
  *       Runs one more process: hands its own standard streams to the monitor, ends as it does.
  *
@@ -37,6 +38,7 @@
 #define CLIENTS_MAX 64u
 #define REQUESTS_MAX 512u
 #define CHUNK 32768u
+#define KILL_SIGNAL 63 /* the real-time signal by which the workload is killed, not the guest */
 #define FIRST_CLIENT_ID 0x10000u
 #define VMM_CHANNEL 9
 
@@ -733,7 +735,7 @@ static void on_signals(void)
             if (main_process->started)
                 send_resize();
         } else if (main_process->started)
-            frame_add(&to_guest, H_SIGNAL, main_process->id, signal, NULL, 0);
+            frame_add(&to_guest, H_SIGNAL, main_process->id, signal == KILL_SIGNAL ? SIGKILL : signal, NULL, 0);
         else if (signal != SIGCONT && signal != SIGURG) {
             exit_code = 128 + (int)signal; /* nothing of the workload runs yet */
             leave("not started", "ended by a signal before it had started");

@@ -108,14 +108,15 @@ class Monitor:
         path = self.folder / f"exec-{os.urandom(4).hex()}"
         path.write_bytes(script)
         pipe = subprocess.PIPE
-        given = {"stdin": pipe, "stdout": pipe, "stderr": pipe} | options
-        return subprocess.Popen(
+        given: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": pipe} | options
+        process: subprocess.Popen[bytes] = subprocess.Popen(
             [
                 program_path("bulkhead-monitor", self.native), "exec",
                 "--socket", str(self.folder / "guest.sock"), "--frames", str(path),
             ],
             **given,
         )  # fmt: skip
+        return process
 
 
 def vmm_command(native: str | None = None) -> list[str]:

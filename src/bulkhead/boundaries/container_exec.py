@@ -34,6 +34,7 @@ def exec_template(
     filter_: Filter | None,
     oom_score_adj: int,
     kept: int = 0,
+    group: str = "",
     available: frozenset[str] | None = None,
 ) -> Template:
     """The program; its descriptors are "target" (a pidfd), "join0"…, "kept0"… and the streams."""

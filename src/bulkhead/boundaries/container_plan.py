@@ -55,6 +55,8 @@ class Ground:
     """Capabilities the launcher can give; None: ask the kernel about this process."""
     kept: int = 0
     """Descriptors the process is to have besides its standard streams."""
+    group: str = ""
+    """The directory of a control group (v2) to join by its path: in a guest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,7 @@ class _Planner:
         for position in range(self.ground.joins):
             fd = self.fds.fd(f"join{position}")
             program.call("join the control group", "write", fd, b"0", 1)
+        common.plan_group(program, self.ground.group)
         paths = namespaces.paths(self.linux)
         namespaces.plan_join(program, {kind: self.fds.fd(f"ns-{kind}") for kind in paths})
         pid = self.linux.namespace("pid")

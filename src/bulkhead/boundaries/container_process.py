@@ -84,6 +84,12 @@ def window(program: Program, rows: int, columns: int) -> Blob:
     return program.hole("window", window_size(rows, columns))
 
 
+def plan_group(program: Program, group: str) -> None:
+    """Join the control group (v2) at `group`, if there is one."""
+    if group:
+        program.write("join the control group", AT_FDCWD, f"{group}/cgroup.procs", "0")
+
+
 def plan_streams(program: Program, fds: FdTable) -> None:
     """Standard streams from descriptors that came along."""
     tty.plan_streams(program, (fds.fd("stdin"), fds.fd("stdout"), fds.fd("stderr")))

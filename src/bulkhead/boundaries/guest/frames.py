@@ -17,7 +17,7 @@ import enum
 import errno
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from bulkhead.boundary.failures import launch_failure
@@ -78,6 +78,9 @@ class Mode(enum.IntEnum):
     SETUP = 0
     PIPES = 1
     TERMINAL = 2
+
+
+Steps = Sequence[str] | Mapping[int, Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +154,12 @@ def shutdown(how: int, unmount: Sequence[str]) -> bytes:
     return encode(Type.SHUTDOWN, 0, how, b"".join(p.encode() + b"\0" for p in unmount))
 
 
-def failure(frame: Frame, steps: Sequence[str]) -> LaunchFailed:
-    """The error that a FAILED frame stands for; `steps` are those of the program."""
+def failure(frame: Frame, steps: Steps) -> LaunchFailed:
+    """The error that a FAILED frame stands for; `steps` are those of the program, or of several
+    by the id of their RUN.
+    """
+    if isinstance(steps, Mapping):
+        steps = steps.get(frame.id, ())
     if len(frame.payload) < _FAILED.size:
         raise GuestProtocolError("the guest's FAILED frame is too short")
     step, kind, no_interpreter = _FAILED.unpack_from(frame.payload)

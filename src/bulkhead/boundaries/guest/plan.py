@@ -1,0 +1,453 @@
+"""What a guest is told to do, made from a workload's configuration: pure, but for the small files
+that the engine writes (resolv.conf and such), which are read here.
+
+    planned = start(bundle, machine, terminal=…)     # set-up, mounts of shares, main program, end
+    planned = exec_(bundle, process, terminal=…)     # one more process beside the main one
+    planned.frames   for `bulkhead-monitor run` or `exec` (descriptor 10)
+    planned.steps    for `frames.failure`: the steps' names by the id of their RUN
+
+The main program is the container boundary's own plan: the workload is confined inside its guest by
+the same namespaces, capabilities, masks and filter. It shares the guest's network namespace, which
+is its own anyway. Places in the guest:
+
+    /layers/N    the image's layers, topmost first, from their EROFS disks
+    /upper       the writable disk: upper/, work/
+    /files/N     small files of the engine's, by the position of their mount
+    /shares/ID   directories of the host over the channel (FUSE)
+    /volumes/N   disks that are volumes, by the position of their mount
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from bulkhead.boundaries.container_exec import exec_template
+from bulkhead.boundaries.container_plan import Ground, Template, plan_launch
+from bulkhead.boundaries.container_process import Filter
+from bulkhead.boundaries.guest import frames, wiring
+from bulkhead.boundaries.guest.frames import Mode
+from bulkhead.boundary.seam import Bundle, Rootfs
+from bulkhead.errors import Invalid, Unsupported
+from bulkhead.isolation import mounts, sysctl
+from bulkhead.isolation.seccomp.cache import FilterCache
+from bulkhead.linux import capabilities as kernel_capabilities
+from bulkhead.linux.mounts import AT_FDCWD, MS_NOATIME, MS_NODEV, MS_NOSUID, MS_RDONLY
+from bulkhead.linux.program import Program
+from bulkhead.linux.terminals import window_size
+from bulkhead.oci.runtime import Linux, Mount, Namespace, Process, Rlimit, Spec
+
+MAIN = 1
+"""The main process's id, and an exec's own id towards the monitor."""
+SETUP = 10
+FIRST_SHARE = 100
+POWER_OFF = 0x4321FEDC
+RESTART = 0x01234567
+"""LINUX_REBOOT_CMD_*: how the guest ends itself; reboot(2)."""
+INITRAMFS = "/initramfs"
+"""Where the guest's init leaves the initramfs."""
+GROUP = "/sys/fs/cgroup/workload"
+_ENGINE_FILES = frozenset({"/etc/resolv.conf", "/etc/hosts", "/etc/hostname"})
+_FILE_MAX = 256 << 10
+_OPEN_FILES = 1 << 20
+_ALL_CAPABILITIES = frozenset(kernel_capabilities.NAMES)
+_DEVICES = frozenset({"/dev/fuse", "/dev/net/tun"})
+_filters = FilterCache(None)
+_replace = msgspec.structs.replace
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A small file, written into the guest."""
+
+    content: bytes
+    mode: int = 0o644
+    directory = False
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Files of the host by way of the file server: `path` in the mount of frame id `number`.
+
+    Several binds may come from one mount; `options` are those of its first.
+    """
+
+    number: int
+    path: str = ""
+    directory: bool = True
+    options: str = "allow_other,default_permissions"
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A file system on a disk of the guest; `path` inside of it."""
+
+    device: str
+    fstype: str = "ext4"
+    path: str = ""
+    readonly: bool = False
+    directory: bool = True
+
+
+Source = Written | Share | Disk
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the guest has: device paths as its kernel names them."""
+
+    layers: tuple[str, ...]
+    """Of the layers' disks, topmost first."""
+    upper: str
+    """Of the writable disk; "" for a root of layers that is read-only (two layers at least)."""
+    modules: tuple[str, ...] = ()
+    """Files in the initramfs, in the order in which they are to be loaded."""
+    interfaces: tuple[str, ...] = ()
+    """The kernel's names of the network interfaces, in the order of `Bundle.nics`."""
+    sources: Mapping[int, Source] = field(default_factory=dict)
+    """Where binds come from, by their position in the configuration's mounts."""
+    cgroups: bool = True
+    """Whether the guest's kernel has control groups (v2)."""
+    poweroff: int = POWER_OFF
+    write_back: bool = True
+    """Whether the writable disk will be wanted again: the guest then ends by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """Frames for the monitor, and the names of the steps in them by RUN."""
+
+    frames: bytes
+    steps: dict[int, list[str]]
+    listing: tuple[str, ...] = ()
+    """One line per step, for people."""
+
+
+def start(
+    bundle: Bundle,
+    machine: Machine,
+    *,
+    terminal: bool,
+    rows: int = 0,
+    columns: int = 0,
+    filter_: Filter | None = None,
+) -> Planned:
+    """Everything from the guest's greeting to its end.
+
+    Unsupported for what a guest cannot have: namespaces of others, devices, binds without a source.
+    `filter_` saves the compilation of the configuration's system call filter.
+    """
+    sources = {**_engine_files(bundle.spec), **machine.sources}
+    spec = guest_spec(bundle.spec, sources, cgroups=machine.cgroups)
+    setup = _setup(bundle, spec, machine, sources)
+    main = _main(spec, machine, sources, filter_, terminal=terminal)
+    program = _sized(main, terminal=terminal, rows=rows, columns=columns)
+    mode = Mode.TERMINAL if terminal else Mode.PIPES
+    parts = [frames.run(SETUP, setup.data, Mode.SETUP)]
+    shares = {one.number: one for one in reversed(sources.values()) if isinstance(one, Share)}
+    for number, share in sorted(shares.items()):
+        parts.append(frames.fuse_mount(number, f"/shares/{number}", share.options))
+    flags = main.clone_flags
+    parts.append(frames.run(MAIN, program, mode, clone_flags=flags, rows=rows, columns=columns))
+    if machine.write_back:
+        parts.append(frames.shutdown(machine.poweroff, _unmounts(machine, sources)))
+    return Planned(
+        b"".join(parts),
+        {SETUP: setup.steps, MAIN: main.compiled.steps},
+        (*setup.listing, *main.compiled.listing),
+    )
+
+
+def exec_(
+    bundle: Bundle,
+    process: Process,
+    *,
+    terminal: bool,
+    rows: int = 0,
+    columns: int = 0,
+    cgroups: bool = True,
+    filter_: Filter | None = None,
+) -> Planned:
+    """One more process in the main process's namespaces."""
+    spec = guest_spec(bundle.spec, cgroups=cgroups)
+    template = exec_template(
+        spec,
+        _confined(process),
+        joins=0,
+        terminal=terminal,
+        filter_=filter_ or _filter(spec),
+        oom_score_adj=0,
+        group=GROUP if cgroups else "",
+        available=_ALL_CAPABILITIES,
+    )
+    _expect_descriptors(template, (*frames.STREAMS, "target"))
+    mode = Mode.TERMINAL if terminal else Mode.PIPES
+    program = _sized(template, terminal=terminal, rows=rows, columns=columns)
+    data = frames.run(MAIN, program, mode, context=MAIN, rows=rows, columns=columns)
+    compiled = template.compiled
+    return Planned(data, {MAIN: compiled.steps}, tuple(compiled.listing))
+
+
+def guest_spec(
+    spec: Spec, sources: Mapping[int, Source] | None = None, *, cgroups: bool = True
+) -> Spec:
+    """The configuration as it is carried out inside: without what belongs to the host.
+
+    Security labels are dropped (the guest's kernel has no such policy), network settings move to
+    the set-up, control groups are v2's. `sources` give the binds' places inside.
+    """
+    linux = spec.linux
+    shared = [n.type_ for n in linux.namespaces if n.path and n.type_ != "network"]
+    if shared:
+        raise Unsupported(
+            f"a workload with a kernel of its own cannot share {', '.join(shared)} namespaces"
+        )
+    if linux.namespace("user") is not None:
+        raise Unsupported("a workload with a kernel of its own cannot have a user namespace")
+    if linux.namespace("pid") is None or linux.namespace("ipc") is None:
+        raise Unsupported("a workload with a kernel of its own cannot share the host's processes")
+    devices = [d.path for d in linux.devices if d.path not in _DEVICES]
+    if devices:
+        raise Unsupported(f"a guest does not have the host's devices: {', '.join(devices)}")
+    kept = [n for n in linux.namespaces if n.type_ != "network"]
+    if not cgroups:
+        kept = [n for n in kept if n.type_ != "cgroup"]
+    inside: Linux = _replace(
+        linux,
+        namespaces=[Namespace(n.type_) for n in kept],
+        sysctl={name: value for name, value in linux.sysctl.items() if not _is_network(name)},
+        mount_label="",
+        cgroups_path="",
+        resources=None,
+        rootfs_propagation="",
+    )
+    process = _confined(spec.process) if spec.process is not None else None
+    found: Spec = _replace(
+        spec, linux=inside, process=process, mounts=_mounts(spec, sources or {}, cgroups=cgroups)
+    )
+    return found
+
+
+def _is_network(name: str) -> bool:
+    return sysctl.normalize(name).startswith("net.")
+
+
+def _confined(process: Process) -> Process:
+    limits = list(process.rlimits)
+    if not any(limit.type_ == "RLIMIT_NOFILE" for limit in limits):
+        # A kernel's own default is 1024 and 4096; containers inherit the engine's.
+        limits.append(Rlimit("RLIMIT_NOFILE", _OPEN_FILES, _OPEN_FILES))
+    found: Process = _replace(process, apparmor_profile="", selinux_label="", rlimits=limits)
+    return found
+
+
+def _mounts(spec: Spec, sources: Mapping[int, Source], *, cgroups: bool) -> list[Mount]:
+    """In the positions of `spec`; a guest without control groups has an empty directory there."""
+    found: list[Mount] = []
+    for position, mount in enumerate(spec.mounts):
+        if mounts.is_bind(mount):
+            source = sources.get(position)
+            place = mount.source if source is None else _place(position, source)
+            kept = [o for o in mount.options if mounts.parse([o]).propagation == 0]
+            mount = _replace(mount, source=place, options=kept)
+        elif mount.type_ in ("cgroup", "cgroup2"):
+            mount = _replace(mount, type_="cgroup2", source="cgroup")
+            if not cgroups:
+                options = ["nosuid", "nodev", "noexec", "ro", "mode=755"]
+                mount = Mount(mount.destination, "tmpfs", "tmpfs", options)
+        found.append(mount)
+    return found
+
+
+def _place(position: int, source: Source) -> str:
+    if isinstance(source, Written):
+        return f"/files/{position}"
+    base = f"/shares/{source.number}" if isinstance(source, Share) else f"/volumes/{position}"
+    return f"{base}/{source.path}" if source.path else base
+
+
+def _engine_files(spec: Spec) -> dict[int, Source]:
+    """The engine's own files among the binds, as they are now."""
+    found: dict[int, Source] = {}
+    for position, mount in enumerate(spec.mounts):
+        if not mounts.is_bind(mount) or mount.destination not in _ENGINE_FILES:
+            continue
+        try:
+            with open(mount.source, "rb") as file:
+                info = os.fstat(file.fileno())
+                if not stat.S_ISREG(info.st_mode) or info.st_size > _FILE_MAX:
+                    continue
+                found[position] = Written(file.read(_FILE_MAX), stat.S_IMODE(info.st_mode))
+        except OSError as error:
+            raise Invalid(f"bind source {mount.source}: {error.strerror}") from None
+    return found
+
+
+def _filter(spec: Spec) -> Filter | None:
+    if spec.linux.seccomp is None:
+        return None
+    compiled = _filters.get(spec.linux.seccomp)
+    return Filter(compiled.program, compiled.flags)
+
+
+# --- the main program ----------------------------------------------------------------------------
+
+
+def _main(
+    spec: Spec,
+    machine: Machine,
+    sources: Mapping[int, Source],
+    filter_: Filter | None,
+    *,
+    terminal: bool,
+) -> Template:
+    if not machine.layers:
+        raise Invalid("a guest needs at least one layer")
+    for position, mount in enumerate(spec.mounts):
+        if mounts.is_bind(mount) and position not in sources:
+            raise Unsupported(
+                f"mount {mount.destination}: this boundary cannot bind {mount.source} of the host"
+            )
+    lowers = tuple(f"/layers/{number}" for number in range(len(machine.layers)))
+    rootfs = Rootfs(lowers)
+    if machine.upper:
+        rootfs = Rootfs(lowers, "/upper/upper", "/upper/work")
+    ground = Ground(
+        appends_layers=False,
+        cgroup_version=2,
+        directories=tuple(
+            position not in sources or sources[position].directory
+            for position in range(len(spec.mounts))
+        ),
+        available=_ALL_CAPABILITIES,
+        group=GROUP if machine.cgroups else "",
+    )
+    template = plan_launch(spec, rootfs, ground, filter_ or _filter(spec), terminal=terminal)
+    _expect_descriptors(template, frames.STREAMS)
+    return template
+
+
+def _expect_descriptors(template: Template, wanted: tuple[str, ...]) -> None:
+    if template.fds != wanted:
+        raise Unsupported(f"a guest's program cannot have descriptors {template.fds}")
+
+
+def _sized(template: Template, *, terminal: bool, rows: int, columns: int) -> bytes:
+    if terminal and "window" in template.compiled.holes():
+        return template.compiled.filled({"window": window_size(rows, columns)})
+    return template.compiled.data
+
+
+def _unmounts(machine: Machine, sources: Mapping[int, Source]) -> list[str]:
+    disks = [f"/volumes/{n}" for n, source in sources.items() if isinstance(source, Disk)]
+    return [*disks, "/upper"] if machine.upper else disks
+
+
+# --- set-up --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    data: bytes
+    steps: list[str]
+    listing: list[str]
+
+
+def _setup(
+    bundle: Bundle, spec: Spec, machine: Machine, sources: Mapping[int, Source]
+) -> _Compiled:
+    program = Program()
+    program.call("clear the umask", "umask", 0)
+    for path in machine.modules:
+        fd = program.call(
+            f"open module {path}",
+            "openat",
+            AT_FDCWD,
+            INITRAMFS + path,
+            os.O_RDONLY | os.O_CLOEXEC,
+            0,
+        )
+        program.call(f"load module {path}", "finit_module", fd, "", 0, ok=(errno.EEXIST,))
+        program.call("close", "close", fd)
+    _plan_disks(program, machine, sources)
+    if machine.cgroups:
+        _plan_group(program, bundle.spec)
+    _plan_files(program, sources)
+    _plan_network(program, bundle, machine)
+    if spec.hostname and spec.linux.namespace("uts") is None:
+        name = spec.hostname.encode()
+        program.call("set the host name", "sethostname", name, len(name))
+    compiled = program.compile()
+    return _Compiled(compiled.data, compiled.steps, compiled.listing)
+
+
+def _directory(program: Program, path: str, mode: int = 0o755) -> None:
+    step = f"make {path}"
+    program.call(step, "mkdirat", AT_FDCWD, path, mode, ok=(errno.EEXIST,))
+
+
+def _mount(program: Program, device: str, path: str, fstype: str, flags: int) -> None:
+    _directory(program, path)
+    step = f"mount {fstype} {device} on {path}"
+    program.call(step, "mount", device, path, fstype, flags, None)
+
+
+def _plan_disks(program: Program, machine: Machine, sources: Mapping[int, Source]) -> None:
+    _directory(program, "/layers")
+    for number, device in enumerate(machine.layers):
+        _mount(program, device, f"/layers/{number}", "erofs", MS_RDONLY)
+    if machine.upper:
+        _mount(program, machine.upper, "/upper", "ext4", MS_NOATIME)
+        _directory(program, "/upper/upper")
+        _directory(program, "/upper/work", 0o700)
+    for folder in ("/files", "/shares", "/volumes"):
+        _directory(program, folder)
+    for position, source in sorted(sources.items()):
+        if isinstance(source, Disk):
+            flags = MS_NODEV | MS_NOSUID | (MS_RDONLY if source.readonly else 0)
+            _mount(program, source.device, f"/volumes/{position}", source.fstype, flags)
+        elif isinstance(source, Share):
+            _directory(program, f"/shares/{source.number}")
+
+
+def _plan_files(program: Program, sources: Mapping[int, Source]) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    for position, source in sorted(sources.items()):
+        if isinstance(source, Written):
+            step = f"write file {position}"
+            path = f"/files/{position}"
+            fd = program.call(step, "openat", AT_FDCWD, path, flags, source.mode)
+            if source.content:
+                program.call(step, "write", fd, source.content, len(source.content))
+            program.call(step, "close", fd)
+
+
+def _plan_group(program: Program, spec: Spec) -> None:
+    """The workload's control group: its number of tasks; memory and CPU are the machine's size."""
+    base = "/sys/fs/cgroup"
+    mounted = (errno.EBUSY,)
+    program.call("mount cgroups", "mount", "cgroup2", base, "cgroup2", 0, None, ok=mounted)
+    none = (errno.ENOENT, errno.EINVAL, errno.EOPNOTSUPP)
+    for controller in ("memory", "pids", "cpu", "io", "cpuset"):
+        step = f"pass on controller {controller}"
+        program.write(step, AT_FDCWD, f"{base}/cgroup.subtree_control", f"+{controller}", ok=none)
+    _directory(program, GROUP)
+    resources = spec.linux.resources
+    limit = resources.pids.limit if resources is not None and resources.pids is not None else 0
+    if limit > 0:
+        program.write("limit the number of tasks", AT_FDCWD, f"{GROUP}/pids.max", str(limit))
+
+
+def _plan_network(program: Program, bundle: Bundle, machine: Machine) -> None:
+    wiring.plan_loopback(program)
+    if len(machine.interfaces) < len(bundle.nics):
+        raise Invalid("a guest needs a kernel's name for each of its network interfaces")
+    for nic, kernel_name in zip(bundle.nics, machine.interfaces, strict=False):
+        wiring.plan_interface(program, nic, kernel_name)
+    for name, value in bundle.spec.linux.sysctl.items():
+        if _is_network(name):
+            path = f"/proc/{sysctl.path(name)}"
+            program.write(f"set {sysctl.normalize(name)}", AT_FDCWD, path, value)
