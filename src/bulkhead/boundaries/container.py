@@ -32,7 +32,7 @@ from bulkhead.errors import Conflict, Invalid, LaunchFailed, NotFound, Unsupport
 from bulkhead.isolation import idmap, mounts, namespaces
 from bulkhead.isolation import rootfs as root_plan
 from bulkhead.isolation.cgroups import manager as cgroups
-from bulkhead.isolation.cgroups.group import Group
+from bulkhead.isolation.cgroups.group import TIMEOUT_S, Group
 from bulkhead.linux import mounts as kernel_mounts
 from bulkhead.linux import namespaces as kernel_namespaces
 from bulkhead.linux import overlayfs, pidfd, procfs
@@ -176,7 +176,6 @@ class Container:
 
     def __init__(self, boundary: ContainerBoundary, bundle: Bundle, group: Group) -> None:
         self._root: OwnedFd | None = None
-        self._preparing: asyncio.Future[OwnedFd | None] | None = None
         self.boundary = boundary
         self.bundle = bundle
         self.group = group
@@ -197,12 +196,13 @@ class Container:
         if self._running():
             raise Conflict(f"container {self.bundle.id} is already running")
         if self._root is not None:
-            await self.ended()
+            before, self._root = self._root, None
+            await asyncio.to_thread(before.close)
         with contextlib.ExitStack() as undo:
             prepared = await self._prepare_mapped(undo)
             root = prepared.pop("root", None)
             if "userns" not in prepared:
-                root = await self._take_root()
+                root = self._make_root()
             unmount = undo.enter_context(contextlib.ExitStack())
             if root is not None:
                 unmount.callback(root.close)
@@ -244,16 +244,7 @@ class Container:
         made["root"] = await asyncio.to_thread(_mapped_root, bundle, made["userns"])
         return made
 
-    def prepare(self) -> None:
-        """Begin to mount the root in a thread, for a `start` that follows soon."""
-        if self._preparing is None and self._root is None:
-            self._preparing = asyncio.ensure_future(self._make_root())
-
-    async def _take_root(self) -> OwnedFd | None:
-        preparing, self._preparing = self._preparing, None
-        return await (self._make_root() if preparing is None else preparing)
-
-    async def _make_root(self) -> OwnedFd | None:
+    def _make_root(self) -> OwnedFd | None:
         """The root overlay, mounted nowhere yet; None where the child must mount it itself.
 
         This process keeps the descriptor until `delete`: when the container's last process ends,
@@ -262,7 +253,7 @@ class Container:
         rootfs = self.bundle.rootfs
         if rootfs.directory is not None or not overlayfs.appends_layers():
             return None
-        return await asyncio.to_thread(_mount_overlay, rootfs)
+        return _mount_overlay(rootfs)
 
     def _launch_request(
         self, stdio: Stdio, undo: contextlib.ExitStack, prepared: dict[str, OwnedFd]
@@ -363,24 +354,20 @@ class Container:
             if not force:
                 raise Conflict(f"container {self.bundle.id} is running: stop it first")
             await asyncio.to_thread(self.group.kill)
-        if not self.group.try_delete():
-            await asyncio.to_thread(self.group.delete)
-        if self._pidfd is not None:
-            self._pidfd.close()
-            self._pidfd = None
-        await self.ended()
+        await asyncio.to_thread(self.dispose, TIMEOUT_S)
 
-    async def ended(self) -> None:
-        """Let go of what only a running container needs: to call when its first process ended.
+    def dispose(self, timeout_s: float = 0.05) -> None:
+        """`delete` of a container that does not run; for any thread, not the loop's.
 
-        Writes the upper layer back, in a thread. `start` and `delete` do it too.
+        Conflict if something in its control group lives on after `timeout_s`.
         """
         root, self._root = self._root, None
-        if self._preparing is not None:
-            with contextlib.suppress(LaunchFailed):
-                root = await self._take_root()
         if root is not None:
-            await asyncio.to_thread(root.close)
+            root.close()  # writes the upper layer back
+        pidfd_, self._pidfd = self._pidfd, None
+        if pidfd_ is not None:
+            pidfd_.close()
+        self.group.delete(timeout_s)
 
     async def exec(
         self, identity: str, process: Process, stdio: Stdio, fds: Sequence[int] = ()

@@ -223,6 +223,15 @@ class Pausable(Protocol):
 
 
 @runtime_checkable
+class Disposable(Protocol):
+    """Optional, without a word in the report: a `delete` that any thread can do."""
+
+    def dispose(self) -> None:
+        """`delete` after the last process's end; Conflict if something lives on."""
+        ...
+
+
+@runtime_checkable
 class Updatable(Protocol):
     """Optional, "updatable"."""
 

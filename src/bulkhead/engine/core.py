@@ -17,6 +17,7 @@ from bulkhead.engine.control import Control
 from bulkhead.engine.events import Events
 from bulkhead.engine.execs import Execs
 from bulkhead.engine.health import Health
+from bulkhead.engine.janitor import Janitor
 from bulkhead.engine.lifecycle import Lifecycle
 from bulkhead.engine.processes import Processes
 from bulkhead.engine.records import Record, Workload, Workloads
@@ -49,6 +50,7 @@ class Engine:
         self.database = database
         self.loop = asyncio.get_running_loop()
         self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="engine")
+        self.janitor = Janitor(self.loop)
         self.started_ns = time.time_ns()
         self.stopping = asyncio.Event()
         self.pid = os.getpid()
@@ -93,6 +95,7 @@ class Engine:
         await self.processes.close()
         self.networks.close()
         self.pool.shutdown(wait=True, cancel_futures=True)
+        self.janitor.close()
 
     def spawn(self, work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
         """Run `work` on the loop; its failure is logged if nobody waits for it."""
@@ -244,7 +247,8 @@ class Engine:
         except (BulkheadError, OSError) as error:
             log.warning("the network's reserve cannot be filled: %s", error)
             return
-        self.spawn(self.processes.sync_helpers())
+        if self.processes.helpers_differ():
+            self.spawn(self.processes.sync_helpers())
         if again_s is not None:
             self.tend_networks(again_s)
 

@@ -6,6 +6,7 @@ otherwise).
 """
 
 import contextlib
+import functools
 import os
 import time
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from bulkhead.errors import (
     Conflict,
     Invalid,
 )
+from bulkhead.home import Home
 from bulkhead.keeper.holder import program_path
 from bulkhead.network.model import Attachment
 
@@ -58,6 +60,8 @@ async def launch(engine: "Engine", workload: Workload, start: Start) -> Launched
         )
         instance = await engine.boundary(record.boundary).create(bundle)
         undo.push_async_callback(_delete, instance)
+        # While this process waits for the holder, there is time to replace what was taken.
+        engine.tend_networks(0.0)
         with stdio.make(engine.home, record, start.rows, start.columns) as streams:
             launched = await instance.start(streams)
         workload.instance, workload.bundle = instance, bundle
@@ -84,7 +88,25 @@ def _directories(engine: "Engine", record: Record, lowers: tuple[str, ...]) -> R
     ):
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, mode)
+    if not record.host.userns_mode or record.host.userns_mode == "host":
+        lowers = (*lowers, points(engine.home))
     return Rootfs(lowers=lowers, upper=f"{home}/upper", work=f"{home}/work")
+
+
+@functools.cache
+def points(home: Home) -> str:
+    """A lowest layer with all that is mounted on in every container, made once.
+
+    What an image lacks of it need not be made in the writable layer.
+    """
+    path = home.in_run("points")
+    for folder in ("", "/etc", "/dev", "/proc", "/sys"):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(f"{path}{folder}", 0o755)
+    for place in _GENERATED:
+        fd = os.open(f"{path}{place}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        os.close(fd)
+    return path
 
 
 async def _source(

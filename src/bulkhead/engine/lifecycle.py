@@ -7,16 +7,19 @@ workload waits for the clean-up (`Workload.cleaned`).
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bulkhead.boundary.seam import Launched, Measured
+from bulkhead.boundary.seam import Disposable, Instance, Launched, Measured
 from bulkhead.engine import launching, restart
 from bulkhead.engine.launching import Start
 from bulkhead.engine.records import UNKNOWN_EXIT, Workload
+from bulkhead.engine.trees import delete_small
 from bulkhead.errors import BulkheadError, Conflict, Internal
 from bulkhead.keeper.holder import Exit
 
@@ -43,6 +46,12 @@ def attributes(workload: Workload, **more: object) -> dict[str, str]:
         "name": record.name,
         **{key: str(value) for key, value in more.items()},
     }
+
+
+def _dispose(instance: Disposable, paths: Sequence[str]) -> None:
+    instance.dispose()
+    for path in paths:
+        delete_small(path)
 
 
 class Lifecycle:
@@ -176,7 +185,7 @@ class Lifecycle:
             workload.ended.set_result(record.exit_code)
         for _ in range(3):  # let those who waited answer their clients first
             await asyncio.sleep(0)
-        await self._clean(workload)
+        await self._clean(workload, erase=remove)
         if remove:
             await engine.removal.erase(workload)
         elif record.status == "restarting":
@@ -204,8 +213,8 @@ class Lifecycle:
             attributes(workload, exitCode=record.exit_code, execDuration=duration),
         )
 
-    async def _clean(self, workload: Workload) -> None:
-        """Give back what the run held."""
+    async def _clean(self, workload: Workload, *, erase: bool) -> None:
+        """Give back what the run held; `erase`: also its directories, if they are small."""
         engine, record = self._engine, workload.record
         for identity in list(workload.execs):
             engine.execs.workload_ended(workload, identity)
@@ -218,7 +227,7 @@ class Lifecycle:
                 if record.host.pid_mode not in {"", "private"}:
                     # Without a PID namespace of its own the rest outlives the first process.
                     await instance.kill(signal.SIGKILL, everyone=True)
-                await instance.delete(force=True)
+                await self._delete(workload, instance, erase=erase)
             engine.volumes.release(record.id)
             engine.drop_shm(record)
             await engine.processes.forget(record.id)
@@ -226,6 +235,16 @@ class Lifecycle:
             log.warning("cleaning up after %s: %s", record.name, error)
         finally:
             workload.cleaned.set()
+
+    async def _delete(self, workload: Workload, instance: Instance, *, erase: bool) -> None:
+        """In the janitor's thread if nothing lives on in it, as is usual."""
+        disposable: object = instance
+        if isinstance(disposable, Disposable):
+            paths = self._engine.removal.paths(workload) if erase else ()
+            with contextlib.suppress(Conflict):
+                await self._engine.janitor.submit(functools.partial(_dispose, disposable, paths))
+                return
+        await instance.delete(force=True)
 
     # --- restarting
 

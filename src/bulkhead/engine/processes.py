@@ -53,6 +53,10 @@ class Processes:
         self._helpers.clear()
         await self.sync_helpers()
 
+    def helpers_differ(self) -> bool:
+        """Whether `sync_helpers` has something to do."""
+        return {name for name, _, _ in self._engine.networks.helpers()} != self._helpers
+
     async def sync_helpers(self) -> None:
         """Supervise what the networks need now, dismiss what they no longer need."""
         wanted = {name: (argv, env) for name, argv, env in self._engine.networks.helpers()}

@@ -6,28 +6,21 @@
 4. ROOT/workloads/ID and RUN/workloads/ID are deleted; `sweep` finds those of no record
 """
 
-import contextlib
 import functools
 import logging
 import os
-import shutil
 import signal
 from typing import TYPE_CHECKING
 
 from bulkhead.engine.lifecycle import attributes
 from bulkhead.engine.records import Workload
+from bulkhead.engine.trees import delete_small, delete_tree
 from bulkhead.errors import BulkheadError, Conflict
 
 if TYPE_CHECKING:
     from bulkhead.engine.core import Engine
 
 log = logging.getLogger("bulkhead.engine")
-
-
-def delete_tree(path: str) -> None:
-    """Delete a directory and everything in it, also what a workload made unreadable."""
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path)
 
 
 class Removal:
@@ -85,28 +78,19 @@ class Removal:
 
     async def erase(self, workload: Workload) -> None:
         """Step 4."""
-        paths = [
-            self._engine.home.workload(workload.id),
-            self._engine.home.workload_run(workload.id),
-        ]
+        paths = self.paths(workload)
         try:
-            if all(self._small(path) for path in paths):
-                for path in paths:
-                    delete_tree(path)
-            else:
-                for path in paths:
-                    await self._engine.blocking(functools.partial(delete_tree, path))
+            for path in [path for path in paths if not delete_small(path)]:
+                await self._engine.blocking(functools.partial(delete_tree, path))
         except OSError as error:
             log.warning("cannot delete the files of %s: %s", workload.record.name, error)
         finally:
             workload.gone.set()
 
-    @staticmethod
-    def _small(path: str) -> bool:
-        """Whether deleting takes less than handing it to a thread: an untouched upper layer."""
-        with contextlib.suppress(FileNotFoundError), os.scandir(f"{path}/upper") as entries:
-            return next(entries, None) is None
-        return True
+    def paths(self, workload: Workload) -> tuple[str, str]:
+        """The directories of a workload, in ROOT and in RUN."""
+        home = self._engine.home
+        return home.workload(workload.id), home.workload_run(workload.id)
 
     async def sweep(self) -> None:
         """Delete the directories of no record, and finish removals that were begun."""

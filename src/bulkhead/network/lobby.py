@@ -5,13 +5,15 @@ the default bridge is up, *wired* ones that hang on it with an address and a rou
 taking one costs no system call. Only this process's descriptors keep them alive: when it dies they
 vanish, and their cables with them.
 
-Filling happens in a thread of its own, as unshare(2) moves the thread that calls it.
+Filling happens in a thread of its own, as unshare(2) moves the thread that calls it. It begins with
+the first order and ends with the lobby, or when it is waited for.
 """
 
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 from bulkhead.linux import netns
 from bulkhead.linux import rtnetlink as rt
@@ -104,12 +106,15 @@ def plug(host: Netlink, bare: Bare, cable: Cable) -> None:
 class Lobby:
     """The waiting namespaces. Methods are for one thread; filling runs beside it."""
 
-    def __init__(self, bare: int = 4, wired: int = 4) -> None:
+    def __init__(self, bare: int = 4, wired: int = 8) -> None:
         self._want_bare = bare
         self._want_wired = wired
         self._bare: deque[Bare] = deque()
         self._wired: deque[Wired] = deque()
-        self._plans: list[Cable] = []
+        self._orders: SimpleQueue[Cable | _Stop | None] = SimpleQueue()
+        """Cables of wired namespaces to make, None for a bare one."""
+        self._ordered: list[Cable | None] = []
+        """What the filler has not come to; it takes out what it has made."""
         self._filler: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -125,56 +130,81 @@ class Lobby:
 
     @property
     def filling(self) -> bool:
-        """Whether the filling thread runs."""
-        return self._filler is not None and self._filler.is_alive()
+        """Whether something is being made."""
+        return bool(self._ordered)
 
     def fill(self, cable: Callable[[], Cable] | None, spare: Callable[[Cable], None]) -> None:
-        """Start filling up, unless that is under way; `cable` (None: no wired ones) plans one more.
+        """Order what lacks; `cable` (None: no wired ones) plans one more.
 
         Both functions are called on this thread only: plans that came to nothing go to `spare`.
         """
-        if self.filling:
-            return
-        self.settle(spare)
-        bare = self._want_bare - len(self._bare)
-        plans = []
+        if self._failure is not None:
+            self.settle(spare)
+        orders: list[Cable | None] = []
+        ordered = list(self._ordered)
         if cable is not None:
-            plans = [cable() for _ in range(self._want_wired - len(self._wired))]
-        if bare <= 0 and not plans:
+            waiting = len(self._wired) + sum(one is not None for one in ordered)
+            orders += [cable() for _ in range(self._want_wired - waiting)]
+        orders += [None] * (self._want_bare - len(self._bare) - ordered.count(None))
+        if not orders:
             return
-        self._plans = plans
-        self._filler = threading.Thread(target=self._run, args=(bare, plans), name="network-lobby")
-        self._filler.start()
+        self._ordered += orders
+        for order in orders:
+            self._orders.put(order)
+        if self._filler is None:
+            self._filler = threading.Thread(target=self._run, name="network-lobby")
+            self._filler.start()
 
-    def _run(self, bare: int, plans: list[Cable]) -> None:
+    def _run(self) -> None:
+        home = netns.current()
+        host: Netlink | None = None
         try:
-            with rt.connect() as host:
-                while plans:
-                    made = _make_here()
+            while not isinstance(order := self._orders.get(), _Stop):
+                if self._failure is None:
                     try:
-                        plug(host, made, plans[0])
-                    except BaseException:
-                        made.close()
-                        raise
-                    made.netlink.close()
-                    self._wired.append(Wired(made, plans.pop(0)))
-                for _ in range(bare):
-                    self._bare.append(_make_here())
-        except Exception as error:
-            # Told at the next take or settle: who then needs a namespace makes it himself, and
-            # meets the same error with a name to it.
-            self._failure = error
+                        host = host or rt.connect()
+                        self._make(order, host)
+                    except Exception as error:
+                        # Told at the next fill or settle: who needs a namespace meanwhile makes
+                        # it himself, and meets the same error with a name to it.
+                        self._failure = error
+                    # Back, so that the thread keeps no namespace alive while it waits.
+                    netns.enter(home.fileno())
+        finally:
+            home.close()
+            if host is not None:
+                host.close()
+
+    def _make(self, order: Cable | None, host: Netlink) -> None:
+        made = _make_here()
+        if order is None:
+            self._bare.append(made)
+        else:
+            try:
+                plug(host, made, order)
+            except BaseException:
+                made.close()
+                raise
+            made.netlink.close()
+            self._wired.append(Wired(made, order))
+        self._ordered.remove(order)
 
     def settle(self, spare: Callable[[Cable], None]) -> BaseException | None:
         """Wait for the filler; the error it met, if any. Plans it did not come to go to `spare`."""
-        if self._filler is None:
-            return None
-        self._filler.join()
-        self._filler = None
-        while self._plans:
-            spare(self._plans.pop())
+        if self._ordered:
+            self._end()
+        for order in self._ordered:
+            if order is not None:
+                spare(order)
+        self._ordered.clear()
         failure, self._failure = self._failure, None
         return failure
+
+    def _end(self) -> None:
+        if self._filler is not None:
+            self._orders.put(_Stop())
+            self._filler.join()
+            self._filler = None
 
     def unwire(self, spare: Callable[[Cable], None]) -> None:
         """Let the wired ones go, with their cables."""
@@ -187,5 +217,10 @@ class Lobby:
     def close(self, spare: Callable[[Cable], None]) -> None:
         """Let everything go."""
         self.unwire(spare)
+        self._end()
         while self._bare:
             self._bare.popleft().close()
+
+
+class _Stop:
+    """The filler's last order."""

@@ -492,10 +492,10 @@ class NetworkManager:
             else:
                 # Only that it may forget, and it is gone.
                 self._link.close()
-        if self._lobby.filling:
-            return 0.01
         default = self._bridges.active.get(self._catalog.default.id)
         if default is not None and self._bridges.is_idle(default):
+            if self._lobby.filling:
+                return 0.01
             self._lobby.unwire(self._wiring.spare)
             default = None
         wait = self._bridges.sweep()
