@@ -56,7 +56,7 @@ def test_cards_and_disks_have_their_places() -> None:
         placeholders=3,
     )  # fmt: skip
     words = qemu.argv(machine)
-    assert option(words, "-netdev") == ["tap,id=net0,fd=11,vnet_hdr=on"]
+    assert option(words, "-netdev") == ["tap,id=net0,fd=11"]
     first, second, empty = option(words, "-blockdev")
     assert "filename=/disks/0,read-only=on" in first
     assert "filename=/disks/1,read-only=off" in second

@@ -1,10 +1,11 @@
 """QEMU's `microvm` machine as a command line: a pure function of what the guest shall have.
 
-The devices are the fewest that do: a virtio port for the guest protocol, one network card, disks;
-a serial line that only the kernel's last words go to. Nothing is emulated that the guest does not
-use: no PCI, no VGA, no USB, no firmware (PVH entry), no monitor unless a template asks for one.
+The devices are the fewest that do: a virtio port for the guest protocol, network cards, disks; a
+serial line that only the kernel's last words go to. Nothing is emulated that the guest does not
+use: no PCI, VGA or USB, no monitor unless a template asks for one; the firmware (qboot) only enters
+the kernel, which is uncompressed (PVH).
 
-Where things are (`layout`): the guest enumerates the virtio-mmio transports from the highest bus
+Where things are: the guest enumerates the virtio-mmio transports from the highest bus
 down, and every workload has the same layout, so that a template fits all of one size:
 
     bus 23    virtio-serial with the port "bulkhead.0"
@@ -40,7 +41,7 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A network card on a tap device, whose packets have a `virtio_net_hdr` before them."""
+    """A network card on a tap device; with or without headers, which QEMU asks the device."""
 
     tap_fd: int
     mac: str
@@ -88,7 +89,7 @@ def argv(machine: Machine) -> list[str]:
     words += ["-device", f"virtio-serial-device,max_ports=2,{_bus(0)}"]
     words += ["-device", f"virtserialport,chardev=channel,name={PORT}"]
     for number, card in enumerate(machine.cards):
-        words += ["-netdev", f"tap,id=net{number},fd={card.tap_fd},vnet_hdr=on"]
+        words += ["-netdev", f"tap,id=net{number},fd={card.tap_fd}"]
         words += [
             "-device",
             f"virtio-net-device,netdev=net{number},mac={card.mac},{_bus(1 + number)}",
