@@ -91,7 +91,9 @@ def _record(engine: Engine, request: body.CreateBody, image: Image, boundary: st
     if not config.hostname and host.network_mode != "host" and not host.uts_mode:
         config.hostname = identity[:12]
         if host.network_mode.startswith("container:"):
-            config.hostname = ""
+            other = engine.workloads.find(host.network_mode.removeprefix("container:"))
+            config.hostname = other.record.config.hostname
+            config.domainname = other.record.config.domainname
     networks = _networks(engine, request, host)
     return Record(
         id=identity,

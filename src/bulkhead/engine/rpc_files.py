@@ -1,5 +1,6 @@
 """RPC: a workload's files (archive, export, changes, commit)."""
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
@@ -162,11 +163,34 @@ async def changes(engine: Engine, params: One, call: Call) -> list[dict[str, Any
     if not os.path.isdir(upper):
         return []
     found = await engine.blocking(lambda: diff.changes(upper, lowers))
+    ours = [path for _, path in found if _made_by_us(upper, workload, path)]
+    theirs = [(kind, path) for kind, path in found if path not in ours]
     return [
         {"Path": path, "Kind": kind}
-        for kind, path in found
-        if not _made_by_us(upper, workload, path)
+        for kind, path in theirs
+        if kind != diff.MODIFIED or not _only_around(upper, lowers, path, ours, theirs)
     ]
+
+
+def _only_around(
+    upper: str,
+    lowers: tuple[str, ...],
+    path: str,
+    ours: list[str],
+    theirs: list[tuple[int, str]],
+) -> bool:
+    """Whether a directory has changed only because one of `ours` was made below it."""
+    below = f"{path}/"
+    if not any(other.startswith(below) for other in ours):
+        return False
+    if any(other.startswith(below) for _, other in theirs):
+        return False
+    new = os.lstat(f"{upper}{path}")
+    for lower in lowers:
+        with contextlib.suppress(OSError):
+            old = os.lstat(f"{lower}{path}")
+            return (old.st_mode, old.st_uid, old.st_gid) == (new.st_mode, new.st_uid, new.st_gid)
+    return False
 
 
 @METHODS.method("workload.commit", Commit)
