@@ -28,14 +28,25 @@ def follow(
 
 
 def pull(
-    context: "Context", image: str, *, platform: str, quiet: bool, stream: TextIO
+    context: "Context",
+    image: str,
+    *,
+    platform: str,
+    quiet: bool,
+    stream: TextIO,
+    everything: bool = False,
 ) -> dict[str, Any]:
-    """Pull `image` with the caller's credentials, telling `stream`; {"Id", "Digest", …}."""
+    """Pull `image` with the caller's credentials, telling `stream`; {"Id", "Digest", …}.
+
+    `everything`: all tags of the repository `image`; the result is that of the last one.
+    """
     from bulkhead.cli.credentials import find
 
     params: dict[str, Any] = {"name": image}
     if platform:
         params["platform"] = platform
+    if everything:
+        params["all"] = True
     auth = find(context, image)
     if auth:
         params["auth"] = auth

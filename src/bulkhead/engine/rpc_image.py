@@ -7,7 +7,8 @@ from typing import Any, BinaryIO
 from bulkhead.engine.calls import Call, Params, Table
 from bulkhead.engine.core import Engine
 from bulkhead.engine.streaming import with_progress
-from bulkhead.errors import BulkheadError, Invalid
+from bulkhead.errors import Invalid
+from bulkhead.images.catalog import Image
 
 METHODS = Table()
 _CHUNK = 1 << 20
@@ -32,6 +33,7 @@ class Pull(Named, frozen=True):
 
     platform: str | None = None
     auth: dict[str, Any] | None = None
+    all: bool = False
 
 
 class Push(Named, frozen=True):
@@ -124,12 +126,16 @@ async def history(engine: Engine, params: Named, call: Call) -> list[dict[str, A
 @METHODS.method("image.pull", Pull)
 async def pull(engine: Engine, params: Pull, call: Call) -> dict[str, Any]:
     """Pull it; items are Docker's progress messages."""
+    pull = engine.images.pull
+    if params.all:
+
+        def pull(*args: Any, **options: Any) -> Image:
+            return engine.images.pull_all(*args, **options)[-1]
+
     image = await with_progress(
         engine,
         call,
-        lambda progress: engine.images.pull(
-            params.name, params.platform, params.auth, progress=progress
-        ),
+        lambda progress: pull(params.name, params.platform, params.auth, progress=progress),
     )
     engine.events.emit("image", "pull", params.name, {"name": params.name})
     return {"Id": image.id, "Digest": image.manifest_digest, "Names": list(image.names)}
@@ -227,7 +233,9 @@ async def import_(engine: Engine, params: Import, call: Call) -> dict[str, Any]:
     """Make an image of a root file system."""
     with _reader(call, "the archive") as file:
         image = await engine.blocking(
-            lambda: engine.images.import_(chunks(file), params.ref, params.changes, params.message)
+            lambda: engine.images.import_(
+                chunks(file), params.ref, params.changes, params.message, params.platform
+            )
         )
     engine.events.emit("image", "import", image.id, {"name": params.ref or image.id})
     return {"Id": image.id}
@@ -254,8 +262,5 @@ async def bootstrap(engine: Engine, params: Bootstrap, call: Call) -> dict[str, 
 @METHODS.method("image.login", Login)
 async def login(engine: Engine, params: Login, call: Call) -> dict[str, Any]:
     """Ask a registry whether it accepts these credentials."""
-    check = getattr(engine.images, "login", None)
-    if check is None:
-        raise BulkheadError("image.login: the registry client cannot check credentials yet")
-    await engine.blocking(lambda: check(params.auth))
+    await engine.blocking(lambda: engine.images.login(params.auth))
     return {"Status": "Login Succeeded"}

@@ -9,7 +9,7 @@ from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO
 
-from bulkhead.errors import NotFound
+from bulkhead.errors import Invalid, NotFound
 from bulkhead.home import Home
 from bulkhead.images import archive_read, archive_write, describe, filters, removal
 from bulkhead.images.bootstrap import Request, bootstrap
@@ -160,6 +160,24 @@ class ImageService:
             pull = Pull(self.catalog, self.origins, repository, progress, self._keep_blobs)
             return pull.run(parse(ref), platform)
 
+    def pull_all(
+        self,
+        ref: str,
+        platform: str | None = None,
+        auth: Auth = None,
+        progress: Progress = silent,
+        cancel: Cancel | None = None,
+    ) -> List[Image]:
+        """Pull every tag of the repository `ref`, one after the other."""
+        wanted = parse(ref)
+        if wanted.tag is not None or wanted.digest is not None:
+            raise Invalid("tag can't be used with --all-tags/-a")
+        with self._repository(ref, auth, cancel) as repository:
+            tags = repository.tags()
+        return [
+            self.pull(str(wanted.with_tag(tag)), platform, auth, progress, cancel) for tag in tags
+        ]
+
     def push(
         self,
         ref: str,
@@ -179,7 +197,10 @@ class ImageService:
         cancel: Cancel | None = None,
     ) -> List[str]:
         """Push every tag of the repository `ref`."""
-        wanted = parse(ref).name
+        reference = parse(ref)
+        if reference.tag is not None or reference.digest is not None:
+            raise Invalid("tag can't be used with --all-tags/-a")
+        wanted = reference.name
         tags = [
             str(entry.reference)
             for entry in self.names.read().entries

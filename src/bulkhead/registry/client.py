@@ -5,6 +5,7 @@ to the registry itself. Nothing here is trusted: sizes bound what is read, diges
 whoever stores the bytes (manifests here).
 """
 
+import json
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from bulkhead.oci.distribution import content_range_start
 from bulkhead.oci.image import INDEXES, LARGEST_MANIFEST, MANIFESTS
 from bulkhead.oci.reference import Reference
 from bulkhead.registry import config as configuration
+from bulkhead.registry import urls
 from bulkhead.registry.answer import Answer
 from bulkhead.registry.credentials import Credentials, lookup
 from bulkhead.registry.transport import Call, Limits, Transport
@@ -23,6 +25,8 @@ from bulkhead.registry.waiting import Cancel, Cancelled, Clock, Interrupted, Rea
 
 ACCEPT = ", ".join((*MANIFESTS, *INDEXES))
 _PIECE = 256 << 10
+_TAG_PAGES = 1000
+"""Most pages of a list of tags; more are taken for a registry that never ends."""
 _T = TypeVar("_T")
 
 
@@ -152,6 +156,30 @@ class Repository:
     def has_manifest(self, digest: str) -> bool:
         """Whether the registry itself has the manifest."""
         return self._exists(f"manifests/{digest}", "pull,push", {"Accept": ACCEPT})
+
+    def tags(self) -> list[str]:
+        """Every tag of the repository, as the registry lists them; NotFound without any."""
+        what = f"tags of {self.reference.familiar_name}"
+        found: list[str] = []
+        path = self.path("tags/list")
+        for _ in range(_TAG_PAGES):
+            with self.home.send(Call("GET", path, self.scope("pull"), what)) as answer:
+                data = answer.read_all(LARGEST_MANIFEST, what)
+                link, base = answer.headers.get("Link", ""), answer.url
+            try:
+                names = json.loads(data).get("tags") or []
+            except (ValueError, AttributeError) as error:
+                raise Corrupt(f"{what}: the registry's answer is no list of tags") from error
+            found += [name for name in names if isinstance(name, str)]
+            target, _, relation = link.partition(">")
+            if not target.startswith("<") or 'rel="next"' not in relation:
+                break
+            path = urls.follow(base, target[1:], what)
+        else:
+            raise Invalid(f"{what}: more than {_TAG_PAGES} pages; refused")
+        if not found:
+            raise NotFound(f"{self.reference.familiar_name}: the repository has no tags")
+        return found
 
     # --- blobs
 

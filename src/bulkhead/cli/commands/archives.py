@@ -101,6 +101,8 @@ def import_image(context: Context, parsed: Parsed) -> None:
         "message": parsed["message"],
         "changes": list(parsed["change"]),
     }
+    if parsed["platform"]:
+        params["platform"] = parsed["platform"]
     if source.startswith(("http://", "https://")):
         identity = _import_url(context, source, params)
     else:
@@ -200,6 +202,7 @@ COMMANDS = {
         options=(
             _CHANGE,
             Option("-m, --message", "string", "Set commit message for imported image"),
+            Option("--platform", "string", "Platform of the image, as OS/ARCH[/VARIANT]"),
         ),
         examples=("bulkhead import -c 'CMD /bin/sh' rootfs.tar.gz mine:latest",), least=1, most=2,
         completes="file",

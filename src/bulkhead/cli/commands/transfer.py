@@ -9,7 +9,6 @@ from bulkhead.cli.options import Option, Parsed
 from bulkhead.cli.progress import Progress
 from bulkhead.cli.pulling import follow
 from bulkhead.cli.pulling import pull as pull_image
-from bulkhead.errors import Unsupported
 
 _TRUST = Option("--disable-content-trust", "bool", "No effect: not checked", hidden=True)
 _QUIET = Option("-q, --quiet", "bool", "Suppress verbose output")
@@ -33,35 +32,36 @@ def _canonical(image: str) -> str:
 
 def pull(context: Context, parsed: Parsed) -> None:
     """`bulkhead pull`."""
-    if parsed["all-tags"]:
-        raise Unsupported("--all-tags is not supported: pull the tags you need by name")
-    image = parsed.args[0]
-    if _named(image) != image and not parsed["quiet"]:
+    image, everything = parsed.args[0], bool(parsed["all-tags"])
+    if _named(image) != image and not everything and not parsed["quiet"]:
         context.out("Using default tag: latest")
     sys.stdout.flush()
     pull_image(
-        context, image, platform=parsed["platform"], quiet=parsed["quiet"], stream=sys.stdout
+        context,
+        image,
+        platform=parsed["platform"],
+        quiet=parsed["quiet"],
+        stream=sys.stdout,
+        everything=everything,
     )
-    context.out(_canonical(_named(image)))
+    context.out(_canonical(image if everything else _named(image)))
 
 
 def push(context: Context, parsed: Parsed) -> None:
     """`bulkhead push`."""
     from bulkhead.cli.credentials import find
 
-    if parsed["all-tags"]:
-        raise Unsupported("--all-tags is not supported: push the tags you need by name")
-    image = parsed.args[0]
-    params: dict[str, Any] = {"name": image}
+    image, everything = parsed.args[0], bool(parsed["all-tags"])
+    params: dict[str, Any] = {"name": image, "all": everything}
     auth = find(context, image)
     if auth:
         params["auth"] = auth
-    if _named(image) != image and not parsed["quiet"]:
+    if _named(image) != image and not everything and not parsed["quiet"]:
         context.out("Using default tag: latest")
     sys.stdout.flush()
     follow(context, "image.push", params, Progress(sys.stdout, quiet=parsed["quiet"]))
     if parsed["quiet"]:
-        context.out(_canonical(_named(image)))
+        context.out(_canonical(image if everything else _named(image)))
 
 
 def bootstrap(context: Context, parsed: Parsed) -> None:
@@ -83,7 +83,7 @@ COMMANDS = {
     "pull": Command(
         "pull", "Download an image from a registry", pull, arguments="NAME[:TAG|@DIGEST]",
         options=(
-            Option("-a, --all-tags", "bool", "Refused: not supported", hidden=True),
+            Option("-a, --all-tags", "bool", "Download all tagged images in the repository"),
             _TRUST, _PLATFORM, _QUIET,
         ),
         examples=("bulkhead pull debian:bookworm", "bulkhead pull --platform linux/arm64 alpine"),
@@ -92,7 +92,7 @@ COMMANDS = {
     "push": Command(
         "push", "Upload an image to a registry", push, arguments="NAME[:TAG]",
         options=(
-            Option("-a, --all-tags", "bool", "Refused: not supported", hidden=True),
+            Option("-a, --all-tags", "bool", "Push all tags of an image to the repository"),
             _TRUST, _QUIET,
         ),
         examples=("bulkhead push registry.example.com/web:1.0",), least=1, most=1,
