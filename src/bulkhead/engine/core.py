@@ -70,6 +70,7 @@ class Engine:
         self.networks = NetworkManager(home, database.documents("network"))
         self.events = Events()
         self.workloads = Workloads(database)
+        self.images.catalog.held = self._held_images
         self.processes = Processes(self)
         self.lifecycle = Lifecycle(self)
         self.removal = Removal(self)
@@ -304,6 +305,11 @@ class Engine:
         for workload in self.workloads:
             users.setdefault(workload.record.image_id, []).append(workload.record.name)
         return users
+
+    def _held_images(self) -> set[str]:
+        """Configurations and layers of the workloads there are, whatever became of their names."""
+        records = [workload.record for workload in self.workloads]
+        return {d for record in records for d in (record.image_id, *record.diff_ids)}
 
     def running_names(self) -> list[str]:
         """Names of the workloads that run."""

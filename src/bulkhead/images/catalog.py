@@ -6,7 +6,7 @@ change, so what was decoded once is kept in memory by digest.
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from bulkhead.errors import Corrupt, Invalid, NotFound
@@ -58,6 +58,8 @@ class Catalog:
     def __init__(self, store: ContentStore, names: Names) -> None:
         self.store = store
         self.names = names
+        self.held: Callable[[], Iterable[str]] = tuple
+        """Digests that are needed although no name needs them: those of workloads."""
         self._configs: dict[str, ImageConfig] = {}
         self._manifests: dict[str, Manifest] = {}
         self._images: tuple[Snapshot | None, dict[str, Image]] = (None, {})
@@ -160,11 +162,12 @@ class Catalog:
         return self.image(self.find(text, snapshot), snapshot)
 
     def roots(self) -> Iterator[str]:
-        """Every digest that a name, or an image without one, needs; for garbage collection.
+        """Every digest that a name, an image without one, or who uses them, needs; for gc.
 
         Blobs, the index an image was chosen from with those of its manifests that are stored, and
         layers by diff id. The store is locked while it asks: only files are read here.
         """
+        yield from self.held()
         seen: set[str] = set()
         for entry in self.names.read().entries:
             key = f"{entry.manifest.digest} {entry.index}"

@@ -9,6 +9,7 @@ from bulkhead.images import filters as filtering
 from bulkhead.images.catalog import Catalog
 from bulkhead.images.describe import Users
 from bulkhead.images.names import Draft, Entry
+from bulkhead.images.origins import Origins
 from bulkhead.images.progress import short
 from bulkhead.images.timestamps import now
 from bulkhead.oci.digest import is_digest
@@ -34,6 +35,7 @@ def _is_full_id(text: str) -> bool:
 
 def remove(
     catalog: Catalog,
+    origins: Origins,
     text: str,
     *,
     force: bool,
@@ -63,7 +65,7 @@ def remove(
             draft.forget(image)
     if gone:
         result.append({"Deleted": image})
-        result.extend({"Deleted": digest} for digest in _collect(catalog)[1])
+        result.extend({"Deleted": digest} for digest in _collect(catalog, origins)[1])
     return result
 
 
@@ -112,7 +114,9 @@ def _check_id(
         )
 
 
-def prune(catalog: Catalog, filters: Mapping[str, Any] | None, users: Users) -> dict[str, Any]:
+def prune(
+    catalog: Catalog, origins: Origins, filters: Mapping[str, Any] | None, users: Users
+) -> dict[str, Any]:
     """Docker's images/prune: {"ImagesDeleted", "SpaceReclaimed" in bytes on disk}."""
     wanted = filtering.normalise(filters, filtering.PRUNE)
     dangling_only = filtering.flag(wanted, "dangling", True)
@@ -127,7 +131,7 @@ def prune(catalog: Catalog, filters: Mapping[str, Any] | None, users: Users) -> 
                 continue
             if passes(catalog.image(identity, snapshot)):
                 deleted.extend(_drop(draft, identity))
-    freed, digests = _collect(catalog)
+    freed, digests = _collect(catalog, origins)
     deleted.extend({"Deleted": digest} for digest in digests)
     return {"ImagesDeleted": deleted or None, "SpaceReclaimed": freed}
 
@@ -142,8 +146,9 @@ def _drop(draft: Draft, image: str) -> list[dict[str, str]]:
     return [*rows, {"Deleted": image}]
 
 
-def _collect(catalog: Catalog) -> tuple[int, list[str]]:
+def _collect(catalog: Catalog, origins: Origins) -> tuple[int, list[str]]:
     """Collect garbage: bytes freed, and the layers (by diff id) that went."""
     layers = set(catalog.store.layers())
     report = catalog.store.gc(catalog.roots)
+    origins.forget(set(catalog.roots()))
     return report.freed, [digest for digest in report.digests if digest in layers]

@@ -124,14 +124,20 @@ class ImageService:
         Conflict in Docker's words when a workload or another name needs it.
         """
         return removal.remove(
-            self.catalog, ref, force=force, noprune=noprune, users=users or {}, running=running
+            self.catalog,
+            self.origins,
+            ref,
+            force=force,
+            noprune=noprune,
+            users=users or {},
+            running=running,
         )
 
     def prune(
         self, filters_: Mapping[str, Any] | None = None, users: describe.Users | None = None
     ) -> dict[str, Any]:
         """Remove images without a name (`dangling` false: all unused), then collect garbage."""
-        return removal.prune(self.catalog, filters_, users or {})
+        return removal.prune(self.catalog, self.origins, filters_, users or {})
 
     def gc(self) -> int:
         """Delete content that no image needs; returns bytes freed on disk."""
