@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bulkhead.boundary.seam import Bundle, Launched, Rootfs
-from bulkhead.engine import copyup, specgen, stdio, users
+from bulkhead.engine import copyup, parents, specgen, stdio, users
 from bulkhead.engine.records import MountPoint, Record, Workload
 from bulkhead.errors import (
     BulkheadError,
@@ -58,6 +58,8 @@ async def launch(engine: "Engine", workload: Workload, start: Start) -> Launched
             rootfs=rootfs,
             directory=engine.home.workload_run(record.id),
         )
+        parents.claim(engine, record)
+        undo.callback(parents.give_back, record)
         instance = await engine.boundary(record.boundary).create(bundle)
         undo.push_async_callback(_delete, instance)
         # While this process waits for the holder, there is time to replace what was taken.

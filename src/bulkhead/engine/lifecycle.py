@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bulkhead.boundary.seam import Disposable, Instance, Launched, Measured
-from bulkhead.engine import launching, restart
+from bulkhead.engine import launching, parents, restart
 from bulkhead.engine.launching import Start
 from bulkhead.engine.records import UNKNOWN_EXIT, Workload
 from bulkhead.engine.trees import delete_small
@@ -228,6 +228,7 @@ class Lifecycle:
                     # Without a PID namespace of its own the rest outlives the first process.
                     await instance.kill(signal.SIGKILL, everyone=True)
                 await self._delete(workload, instance, erase=erase)
+                parents.give_back(record)
             engine.volumes.release(record.id)
             engine.drop_shm(record)
             await engine.processes.forget(record.id)

@@ -73,6 +73,8 @@ class Record(msgspec.Struct, omit_defaults=True):
     stopped_by_hand: bool = False
     removing: bool = False
     boot_id: str = ""
+    parent_made: str = ""
+    """The topmost group above its own that we made for `--cgroup-parent`."""
 
     @property
     def durable(self) -> bool:
