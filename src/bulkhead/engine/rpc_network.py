@@ -191,9 +191,7 @@ async def disconnect(engine: Engine, params: Disconnect, call: Call) -> dict[str
             engine.tend_networks()
         del record.networks[key]
         if record.host.network_mode in {found["Name"], found["Id"]}:
-            record.host.network_mode = next(
-                iter(record.networks), record.host.network_mode
-            )
+            record.host.network_mode = next(iter(record.networks), record.host.network_mode)
         engine.workloads.save(workload)
     _emit(engine, "disconnect", workload, found)
     return {}
