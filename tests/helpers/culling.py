@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.helpers.installation import Installation
@@ -30,29 +31,44 @@ def pids(here: Installation, part: str) -> list[int]:
     return found
 
 
-def kill(here: Installation, *parts: str) -> int:
-    """SIGKILL all processes of `parts`, as nearly at once as can be, and wait until they are gone.
+@contextlib.contextmanager
+def aimed(here: Installation, *parts: str) -> Iterator[Callable[[], int]]:
+    """A function that kills all processes that `parts` have now, as nearly at once as can be.
 
-    How many were killed: none if they happened not to run.
+    It waits until they are gone, and says how many it has killed.
     """
     handles = []
-    for part in parts:
-        for pid in pids(here, part):
-            with contextlib.suppress(ProcessLookupError):
-                handles.append((pid, os.pidfd_open(pid)))
-    killed = 0
-    for _, handle in handles:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
-            killed += 1
-    for pid, handle in handles:
-        os.close(handle)
-        until(lambda pid=pid: _gone(pid), f"process {pid} is dead")  # type: ignore[misc]
-    return killed
+    with contextlib.ExitStack() as undo:
+        for part in parts:
+            for pid in pids(here, part):
+                with contextlib.suppress(ProcessLookupError):
+                    handle = os.pidfd_open(pid)
+                    undo.callback(os.close, handle)
+                    handles.append((pid, handle))
+
+        def fire() -> int:
+            killed = 0
+            for _, handle in handles:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(handle, signal.SIGKILL)
+                    killed += 1
+            for pid, handle in handles:
+                until(lambda pid=pid, handle=handle: _gone(pid, handle), f"{pid} is dead")  # type: ignore[misc]
+            return killed
+
+        yield fire
 
 
-def _gone(pid: int) -> bool:
+def kill(here: Installation, *parts: str) -> int:
+    """SIGKILL all processes of `parts`, and wait until they are gone; how many there were."""
+    with aimed(here, *parts) as fire:
+        return fire()
+
+
+def _gone(pid: int, handle: int) -> bool:
+    """Whether the process has ended (a zombie has); its pid may already be another's."""
     try:
+        signal.pidfd_send_signal(handle, 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except OSError:
         return True
