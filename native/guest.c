@@ -61,7 +61,7 @@ static struct pending *pending;
 static struct progress *flights;
 static struct buffer inbox, outbox, run_message;
 static sigset_t no_signals;
-static int channel = -1, signals = -1, booted, setup_failed;
+static int channel = -1, signals = -1, booted, setup_failed, is_line;
 int kmsg = -1;
 static unsigned process_count;
 static char fuse_request[FUSE_REQUEST_MAX];
@@ -378,7 +378,7 @@ static void reap_one(pid_t pid, int status)
 {
     for (struct process *p = processes; p; p = p->next) {
         int32_t forked = p->progress ? p->progress->forked : 0;
-        if (forked && p->pid == pid && p->launching) {
+        if (forked && forked != pid && p->pid == pid && p->launching) {
             p->pid = forked;
             return;
         }
@@ -629,14 +629,16 @@ static const char *read_frames(void)
     const char *bytes;
     int whole;
     ssize_t n = buffer_read(&inbox, channel, 2 * FRAME_MAX);
-    if (n < 0 && errno != EAGAIN)
-        return strerror(errno);
+    if (n < 0)
+        return errno == EAGAIN ? NULL : strerror(errno);
     if (n == 0)
         return "the channel ended";
     while ((whole = frame_peek(&inbox, &f, &bytes)) > 0) {
         on_frame(&f, bytes);
         buffer_take(&inbox, sizeof f + f.length);
     }
+    if (is_line)
+        frame_add(&outbox, G_TAKEN, 0, (uint32_t)n, NULL, 0);
     return whole < 0 ? "not a frame" : NULL;
 }
 
@@ -731,6 +733,7 @@ int main(void)
     channel = open_channel(wanted);
     if (channel < 0)
         say("bulkhead-guest: no channel: %s", strerror(errno));
+    is_line = channel >= 0 && isatty(channel);
     /* Spoken first: by then the line is raw and somebody reads. */
     frame_add(&outbox, G_HELLO, 0, PROTOCOL_VERSION, no_nonce, sizeof no_nonce);
     while (channel >= 0 && !problem) {
