@@ -338,8 +338,8 @@ class Lab:
 
 
 @contextlib.contextmanager
-def udp_echo(workload: Workload, port: int) -> Iterator[None]:
-    """A workload's UDP service that answers with what it got."""
+def udp_echo(workload: Workload, port: int, text: str = "echo") -> Iterator[None]:
+    """A workload's UDP service that answers with `text` and what it got."""
     held = workload.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     with held:
         held.bind(("", port))
@@ -350,7 +350,7 @@ def udp_echo(workload: Workload, port: int) -> Iterator[None]:
             while not ending.is_set():
                 with contextlib.suppress(TimeoutError):
                     data, source = held.recvfrom(2048)
-                    held.sendto(b"echo " + data, source)
+                    held.sendto(text.encode() + b" " + data, source)
 
         thread = threading.Thread(target=loop)
         thread.start()
@@ -359,6 +359,20 @@ def udp_echo(workload: Workload, port: int) -> Iterator[None]:
         finally:
             ending.set()
             thread.join()
+
+
+def udp_insist(client: socket.socket) -> str:
+    """Send datagrams from a connected socket until one is answered; the answer's first word."""
+    client.settimeout(1.0)
+    question = os.urandom(8).hex()
+    for _ in range(30):
+        with contextlib.suppress(TimeoutError, ConnectionRefusedError):
+            client.send(question.encode())
+            while True:
+                text, _, echoed = client.recv(2048).decode().partition(" ")
+                if echoed == question:
+                    return text
+    raise AssertionError(f"no answer from {client.getpeername()}")
 
 
 def udp_ask(address: str, port: int, text: str) -> str:

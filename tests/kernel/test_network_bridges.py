@@ -1,5 +1,6 @@
 """Bridges, published ports and namespaces on a host of their own."""
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.helpers.network_lab import (
     in_lab,
     udp_ask,
     udp_echo,
+    udp_insist,
 )
 from tests.helpers.waiting import until
 
@@ -141,9 +143,32 @@ def test_port_of_another_workload(tmp_path: Path) -> None:
         lab.start_helper()
         with pytest.raises(Conflict, match=r"Bind for 0\.0\.0\.0:8080 failed: port is already"):
             lab.run("second", ports=PUBLISH)
-        lab.stop(first)
+        # The helper is not waited for, but it still holds the port at first.
+        for name in ("third", "fourth", "fifth"):
+            lab.stop(first)
+            first = lab.run(name, ports=PUBLISH)
+            first.serve(80)
+            assert ask("::1", 8080).startswith(name)
+
+
+@in_lab
+def test_held_port_leads_elsewhere_at_once(tmp_path: Path) -> None:
+    with Lab(tmp_path) as lab:
+        web = lab.run("web", ports=PUBLISH)
+        web.serve(80, "eighty")
+        web.serve(81, "eighty-one")
+        lab.start_helper()
+        lab.manager.publish(web.id, {"81/tcp": PUBLISH["80/tcp"]})
+        assert ask("127.0.0.1", 8080).startswith("eighty-one ")
         lab.sync()
-        lab.run("third", ports=PUBLISH)
+        assert ask("::1", 8080).startswith("eighty-one ")
+        assert set(web.settings["Ports"]) == {"81/tcp"}
+        # Given up and taken again, without waiting for the helper.
+        lab.manager.publish(web.id, {})
+        lab.manager.publish(web.id, PUBLISH)
+        assert ask("127.0.0.1", 8080).startswith("eighty ")
+        lab.sync()
+        assert ask("::1", 8080).startswith("eighty ")
 
 
 @in_lab
@@ -317,3 +342,38 @@ def test_subnet_avoids_host_routes(tmp_path: Path) -> None:
         network = lab.network("app")
         config = lab.manager.inspect(network)["IPAM"]["Config"][0]
         assert config["Subnet"].split(".")[:2] != shown.split(".")[:2]
+
+
+@in_lab
+def test_udp_client_follows_a_port_to_its_next_workload(tmp_path: Path) -> None:
+    wanted = {"53/udp": [{"HostIp": "", "HostPort": "5300"}]}
+    with Lab(tmp_path) as lab, contextlib.ExitStack() as services:
+        client = lab.inside_outside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        local = services.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        services.enter_context(client)
+        client.connect((HOST4, 5300))
+        local.connect(("127.0.0.1", 5300))
+        both = (client, local)
+        # Nobody is there yet: the kernel remembers these questions as not to be redirected.
+        lab.run("any")
+        for one in both:
+            one.send(b"early")
+        first = lab.run("first", ports=wanted)
+        services.enter_context(udp_echo(first, 53, "first"))
+        assert [udp_insist(one) for one in both] == ["first", "first"]
+        address = first.address()
+        lab.stop(first)
+        second = lab.run("second", ports=wanted)
+        assert second.address() != address
+        services.enter_context(udp_echo(second, 53, "second"))
+        assert [udp_insist(one) for one in both] == ["second", "second"]
+        # Published elsewhere, while it runs.
+        services.enter_context(udp_echo(second, 54, "other"))
+        moved = {"54/udp": [{"HostIp": "", "HostPort": "5300"}]}
+        lab.manager.publish(second.id, moved)
+        assert [udp_insist(one) for one in both] == ["other", "other"]
+        # By another network of the same workload.
+        lab.network("app")
+        lab.manager.connect(second.id, "app", EndpointRequest())
+        lab.manager.disconnect(second.id, "bridge")
+        assert [udp_insist(one) for one in both] == ["other", "other"]

@@ -64,6 +64,7 @@ class Processes:
             return
         for name in self._helpers - wanted.keys():
             self._helpers.discard(name)
+            self._engine.networks.helper_dismissed()
             with contextlib.suppress(NotFound):
                 await self.holder.dismiss(name)
         for name in wanted.keys() - self._helpers:

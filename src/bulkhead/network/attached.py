@@ -31,6 +31,11 @@ class PortRecord(msgspec.Struct, frozen=True):
     address: str
     host_port: int
 
+    @property
+    def role(self) -> str:
+        """Its name towards network/helper.py."""
+        return f"{self.protocol} {self.address} {self.host_port}"
+
 
 class Attached(msgspec.Struct):
     """An attached workload; `kind` is none, host, container or bridge."""
@@ -219,7 +224,10 @@ def redirects(attached: Attached) -> list[Redirect]:
 
 
 def keep_ports(attached: Attached, wanted: AttachRequest) -> tuple[list[PortRecord], AttachRequest]:
-    """Which published ports satisfy what is `wanted` now, and the request for the others."""
+    """The records of ports that are held already and `wanted` now, and the request for the others.
+
+    A held port of the host that is wanted for another port of the workload has a new record.
+    """
     left = list(attached.ports)
     kept: list[PortRecord] = []
     missing: dict[str, tuple[Mapping[str, str], ...]] = {}
@@ -230,8 +238,8 @@ def keep_ports(attached: Attached, wanted: AttachRequest) -> tuple[list[PortReco
             found = [
                 one
                 for one in left
-                if (one.port, one.protocol) == (port, protocol)
-                and binding.get("HostPort", "") in ("", "0", str(one.host_port))
+                if one.protocol == protocol
+                and _same_port(binding.get("HostPort", ""), one, port)
                 and _same_place(binding.get("HostIp", ""), one.address)
             ]
             if not found:
@@ -239,11 +247,17 @@ def keep_ports(attached: Attached, wanted: AttachRequest) -> tuple[list[PortReco
                 continue
             # One binding without an address holds a port of each family.
             chosen = [one for one in found if one.host_port == found[0].host_port]
-            kept += chosen
+            kept += [msgspec.structs.replace(one, port=port) for one in chosen]
             left = [one for one in left if one not in chosen]
         if rest:
             missing[text] = tuple(rest)
     return kept, replace(wanted, ports=missing)
+
+
+def _same_port(asked: str, held: PortRecord, port: int) -> bool:
+    if asked in ("", "0"):
+        return held.port == port
+    return asked == str(held.host_port)
 
 
 def _same_place(asked: str, address: str) -> bool:

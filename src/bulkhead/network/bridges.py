@@ -20,7 +20,7 @@ from bulkhead.linux import nftables as nft
 from bulkhead.linux import rtnetlink as rt
 from bulkhead.linux.netlink import NetlinkError
 from bulkhead.network import host, ipam
-from bulkhead.network.firewall import Firewall, Redirect, Rules, open_docker_user
+from bulkhead.network.firewall import Firewall, Redirect, Rules, forget_flows, open_docker_user
 from bulkhead.network.ipam import Pool, Prefix, mac_for
 from bulkhead.network.model import EndpointRequest
 from bulkhead.network.records import Network, Subnet
@@ -335,6 +335,14 @@ class Bridges:
             return
         self._open_loopback()
         self.firewall.publish(self.filter, redirects)
+        forget_flows(self.filter, redirects, published=True)
+
+    def unpublish(self, redirects: list[Redirect]) -> None:
+        """Take redirections away, also from those who use them at this moment."""
+        if not redirects:
+            return
+        self.firewall.unpublish(self.filter, redirects)
+        forget_flows(self.filter, redirects, published=False)
 
     def _open_loopback(self) -> None:
         for active in self.active.values():

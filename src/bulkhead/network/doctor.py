@@ -6,7 +6,7 @@ import os
 from ipaddress import IPv4Network, IPv6Network
 
 from bulkhead.errors import BulkheadError
-from bulkhead.linux import netns
+from bulkhead.linux import conntrack, netns
 from bulkhead.linux import nftables as nft
 from bulkhead.linux import rtnetlink as rt
 from bulkhead.linux.netlink import Netlink
@@ -52,6 +52,7 @@ def examine(netlink: Netlink, ours: str) -> list[Finding]:
         _kernel(),
         _forwarding(),
         *_firewalls(netlink, ours),
+        _tracking(netlink),
         _legacy(),
         _resolvers(),
     ]
@@ -116,6 +117,20 @@ def _firewalls(netlink: Netlink, ours: str) -> list[Finding]:
             )
         )
     return found or [Finding(check, "ok", "no other table drops forwarded packets by default")]
+
+
+def _tracking(netlink: Netlink) -> Finding:
+    check = "network: connection tracking"
+    try:
+        conntrack.tracked_udp(netlink, 4, 53)
+    except OSError as error:
+        return Finding(
+            check,
+            "warn",
+            f"cannot be read ({error}): UDP clients may be led to where a port led before",
+            "modprobe nf_conntrack_netlink",
+        )
+    return Finding(check, "ok", "flows of ports that are no longer published are forgotten")
 
 
 def _legacy() -> Finding:

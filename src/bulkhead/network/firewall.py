@@ -15,12 +15,14 @@ nobody's drop: other tables' chains at the same hooks still decide, which is how
 ours.
 """
 
+import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_address
 
+from bulkhead.linux import conntrack
 from bulkhead.linux import nftables as nft
-from bulkhead.linux.netlink import Netlink
+from bulkhead.linux.netlink import Netlink, NetlinkError
 
 LOOPBACK4 = IPv4Network("127.0.0.0/8")
 LOOPBACK6 = IPv6Network("::1/128")
@@ -66,6 +68,14 @@ class Redirect:
             return f"any{version}", nft.joined(protocol, port)
         packed = ip_address(self.host_address).packed
         return f"exact{version}", nft.joined(protocol, packed, port)
+
+    def concerns(self, entry: conntrack.Tracked) -> bool:
+        """Whether a tracked connection to the port is one that this redirection decides."""
+        if self.host_address and entry.destination != self.host_address:
+            return False
+        changed = entry.status & (conntrack.SOURCE_TRANSLATED | conntrack.DESTINATION_TRANSLATED)
+        # A workload's own connection to that port of somebody else: masqueraded on its way out.
+        return changed != conntrack.SOURCE_TRANSLATED
 
     def value(self) -> bytes:
         """The element's data."""
@@ -304,6 +314,31 @@ def _guard_rules(batch: nft.Batch, chain: str, rules: Rules) -> None:
         for fine in (rules.subnet6, _LINK_LOCAL6, _UNSPECIFIED6):
             batch.add_rule(chain, [*six, *nft.address_in(fine, source=True), nft.leave()])
         batch.add_rule(chain, [*six, drop])
+
+
+def forget_flows(netlink: Netlink, redirects: Iterable[Redirect], *, published: bool) -> None:
+    """Let UDP packets that came to these ports before be judged anew.
+
+    A client that goes on sending keeps the kernel's entry alive, and would be led for ever to where
+    the port led when it began. With `published` entries that lead there already stay.
+    """
+    for one in redirects:
+        if one.protocol != "udp":
+            continue
+        version = ip_address(one.address).version
+        try:
+            entries = conntrack.tracked_udp(netlink, version, one.host_port)
+        except NetlinkError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # A kernel without nf_conntrack_netlink, as doctor() says.
+            return
+        stale = [
+            entry
+            for entry in entries
+            if one.concerns(entry) and not (published and entry.answerer == (one.address, one.port))
+        ]
+        conntrack.forget(netlink, stale)
 
 
 def open_docker_user(netlink: Netlink, tag: str, links: Iterable[str]) -> None:

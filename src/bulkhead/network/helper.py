@@ -98,6 +98,8 @@ class Helper:
         """The workload runs as that process: when it ends, all of it is dropped."""
         served = self._served.get(identity)
         if served is None:
+            # Its sockets were given to a helper that has died since.
+            self._recover(identity)
             return
         self._unwatch(served)
         try:
@@ -136,8 +138,11 @@ class Helper:
             return
         for name in listed:
             if name.endswith(".pid"):
-                with contextlib.suppress(OSError, ValueError, KeyError):
-                    self._recover_one(workloads, name[:-4])
+                self._recover(name[:-4])
+
+    def _recover(self, identity: str) -> None:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            self._recover_one(f"{self._directory}/workloads", identity)
 
     def _recover_one(self, workloads: str, identity: str) -> None:
         with open(f"{workloads}/{identity}.pid", encoding="ascii") as file:

@@ -1,13 +1,19 @@
-"""The engine's side of network/helper.py: hands it sockets and records, without ever waiting."""
+"""The engine's side of network/helper.py: hands it sockets and records, without waiting for it.
+
+What was dropped is asked about once: as long as the helper has not said that it is done, it may
+still hold ports, and must not be dismissed (`busy`).
+"""
 
 import contextlib
 import json
 import os
+import select
 import socket
 import sys
+import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -19,6 +25,27 @@ _MOST = 200
 """Descriptors in one message; the kernel takes 253."""
 
 Roles = Sequence[tuple[str, socket.socket]]
+_SYNC = '{"op": "sync"}'
+
+
+@dataclass(slots=True)
+class _Message:
+    """One that waits; `head` lacks its closing brace and the roles of the sockets."""
+
+    workload_id: str
+    head: str
+    sockets: list[tuple[str, socket.socket]] = field(default_factory=list)
+
+    def encode(self) -> bytes:
+        if not self.head.startswith('{"op": "set"'):
+            return self.head.encode()
+        roles = json.dumps([role for role, _ in self.sockets])
+        return f'{self.head[:-1]}, "roles": {roles}}}'.encode()
+
+    def close(self) -> None:
+        for _, one in self.sockets:
+            one.close()
+        self.sockets.clear()
 
 
 class HelperLink:
@@ -28,7 +55,8 @@ class HelperLink:
         self._run = home.run
         self._path = home.in_run("network", "helper.sock")
         self._peer: socket.socket | None = None
-        self._waiting: deque[tuple[str, bytes, list[socket.socket]]] = deque()
+        self._waiting: deque[_Message] = deque()
+        self._unanswered = 0
 
     @property
     def waiting(self) -> int:
@@ -48,29 +76,40 @@ class HelperLink:
         """Serve this workload; the sockets are the helper's afterwards and closed here."""
         record = msgspec.json.encode(attached).decode()
         identity = attached.request.workload_id
+        wanted = {"udp", "tcp", *(one.role for one in attached.ports)}
+        for message in self._waiting:
+            if message.workload_id == identity:
+                # Ports given up before the helper came to hold them.
+                for role, one in list(message.sockets):
+                    if role not in wanted:
+                        one.close()
+                        message.sockets.remove((role, one))
         parts = [sockets[start : start + _MOST] for start in range(0, len(sockets), _MOST)]
+        head = f'{{"op": "set", "id": {json.dumps(identity)}, "record": {record}}}'
         for part in parts or [()]:
-            head = json.dumps({"op": "set", "id": identity, "roles": [role for role, _ in part]})
-            message = f'{head[:-1]}, "record": {record}}}'
-            self._waiting.append((identity, message.encode(), [one for _, one in part]))
+            self._waiting.append(_Message(identity, head, list(part)))
         self.flush()
 
     def started(self, workload_id: str, pid: int) -> None:
         """The workload runs as `pid`."""
-        self._tell(workload_id, {"op": "started", "id": workload_id, "pid": pid})
+        self._tell(workload_id, json.dumps({"op": "started", "id": workload_id, "pid": pid}))
 
     def drop(self, workload_id: str) -> None:
         """Serve it no more; what waits about it need not be sent."""
-        kept = deque(one for one in self._waiting if one[0] != workload_id)
-        for identity, _, sockets in self._waiting:
-            if identity == workload_id:
-                for one in sockets:
-                    one.close()
-        self._waiting = kept
-        self._tell(workload_id, {"op": "drop", "id": workload_id})
+        for message in self._waiting:
+            if message.workload_id == workload_id:
+                message.close()
+        self._waiting = deque(one for one in self._waiting if one.workload_id != workload_id)
+        self._waiting.append(_Message(workload_id, json.dumps({"op": "drop", "id": workload_id})))
+        self.synchronise()
 
-    def _tell(self, workload_id: str, message: dict[str, Any]) -> None:
-        self._waiting.append((workload_id, json.dumps(message).encode(), []))
+    def synchronise(self) -> None:
+        """Ask to be told when the helper has done all it was given."""
+        self._waiting.append(_Message("", _SYNC))
+        self.flush()
+
+    def _tell(self, workload_id: str, message: str) -> None:
+        self._waiting.append(_Message(workload_id, message))
         self.flush()
 
     def flush(self) -> bool:
@@ -79,11 +118,11 @@ class HelperLink:
             try:
                 while self._waiting:
                     peer = self._connected()
-                    _, data, sockets = self._waiting[0]
-                    socket.send_fds(peer, [data], [one.fileno() for one in sockets])
-                    self._waiting.popleft()
-                    for one in sockets:
-                        one.close()
+                    message = self._waiting[0]
+                    fds = [one.fileno() for _, one in message.sockets]
+                    socket.send_fds(peer, [message.encode()], fds)
+                    self._waiting.popleft().close()
+                    self._unanswered += message.head is _SYNC
                 return True
             except BlockingIOError:
                 return False
@@ -105,9 +144,37 @@ class HelperLink:
         return self._peer
 
     def _disconnect(self) -> None:
+        self._unanswered = 0
         if self._peer is not None:
             self._peer.close()
             self._peer = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a helper is there and has not yet said that it has done all it was told."""
+        while self._peer is not None and self._unanswered:
+            try:
+                answer = self._peer.recv(4096)
+            except BlockingIOError:
+                return True
+            except ConnectionError:
+                answer = b""
+            if answer:
+                self._unanswered -= 1
+            else:
+                self._disconnect()
+        return False
+
+    def settle(self, patience_s: float) -> bool:
+        """Wait until the helper has done all it was told; False if it is not there, or too slow."""
+        self.synchronise()
+        deadline = time.monotonic() + patience_s
+        while self.busy:
+            left = deadline - time.monotonic()
+            if left <= 0 or self._peer is None:
+                return False
+            select.select([self._peer], [], [], left)
+        return self._peer is not None
 
     def forget(self) -> None:
         """The helper is to end: nothing waits, its socket's file goes."""
@@ -119,5 +186,4 @@ class HelperLink:
         """Close the connection and the sockets that were not handed over."""
         self._disconnect()
         while self._waiting:
-            for one in self._waiting.popleft()[2]:
-                one.close()
+            self._waiting.popleft().close()

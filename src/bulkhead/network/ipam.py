@@ -140,9 +140,6 @@ class Pool:
 
     def take(self) -> Address:
         """A free address; Unavailable when there is none."""
-        if not self._held:
-            self._next = self._low
-            self._released.clear()
         number = self._next
         while number <= self._high:
             if number not in self._forbidden and number not in self._held:

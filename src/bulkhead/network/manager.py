@@ -34,6 +34,8 @@ _Names = list[str]
 _Findings = list[Finding]
 _Processes = list[tuple[str, list[str], dict[str, str]]]
 Sockets = list[tuple[str, socket.socket]]
+SETTLE_S = 2.0
+"""How long the helper may take to close a port that is wanted again."""
 
 
 class NetworkManager:
@@ -219,14 +221,19 @@ class NetworkManager:
                 f"container {request.name}: ports cannot be published from internal networks"
             )
         binding = (routes.get(4) or routes[6]).network.host_binding
-        taken = ports.take(
-            ports.wishes(
-                request.ports,
-                request.exposed,
-                publish_all=request.publish_all,
-                default_address=binding,
-            )
+        wishes = ports.wishes(
+            request.ports,
+            request.exposed,
+            publish_all=request.publish_all,
+            default_address=binding,
         )
+        try:
+            taken = ports.take(wishes)
+        except Conflict:
+            # One of ours that was given up just now may still be in the helper's hands.
+            if not self._link.settle(SETTLE_S):
+                raise
+            taken = ports.take(wishes)
         sockets += [(one.role, one.held) for one in taken]
         made.ports = shapes.port_records(taken)
         made.publishing = {}
@@ -237,7 +244,7 @@ class NetworkManager:
             self._bridges.route.transact([rt.hairpin_port(endpoint.host_name)])
         redirects = shapes.redirects(made)
         self._bridges.publish(redirects)
-        undo.callback(self._bridges.firewall.unpublish, self._bridges.filter, redirects)
+        undo.callback(self._bridges.unpublish, redirects)
 
     def _attachment(self, made: Attached, path: str | None) -> Attachment:
         request = made.request
@@ -297,16 +304,17 @@ class NetworkManager:
             held.close()
         with contextlib.ExitStack() as all_of_it:
             all_of_it.callback(self._records.remove, workload_id)
+            if any(one.target == workload_id for one in self._attached.values()):
+                # Who joined its namespace keeps that alive, but not its addresses.
+                for endpoint in made.endpoints:
+                    all_of_it.callback(self._wiring.unplug, endpoint)
             for endpoint in made.endpoints:
                 active = self._bridges.active.get(endpoint.network)
                 if active is not None:
                     all_of_it.callback(active.leave, workload_id)
             if made.served:
                 all_of_it.callback(self._link.drop, workload_id)
-            redirects = shapes.redirects(made)
-            if redirects:
-                unpublish = self._bridges.firewall.unpublish
-                all_of_it.callback(unpublish, self._bridges.filter, redirects)
+            all_of_it.callback(self._bridges.unpublish, shapes.redirects(made))
 
     # -- while it runs
 
@@ -371,8 +379,7 @@ class NetworkManager:
             made.publishing[version] = endpoint.ipv4 if version == "4" else endpoint.ipv6
         after = shapes.redirects(made)
         if before != after:
-            if before:
-                self._bridges.firewall.unpublish(self._bridges.filter, before)
+            self._bridges.unpublish(before)
             self._bridges.publish(after)
         self._records.write(made)
         if made.served:
@@ -410,9 +417,10 @@ class NetworkManager:
             undo.pop_all()
         gone = Attached(made.request, "bridge", publishing=old.publishing)
         gone.ports = [one for one in old.ports if one not in kept]
-        removed = shapes.redirects(gone)
-        if removed:
-            self._bridges.firewall.unpublish(self._bridges.filter, removed)
+        moved = Attached(made.request, "bridge", publishing=old.publishing)
+        moved.ports = [one for one in kept if one not in old.ports]
+        self._bridges.unpublish(shapes.redirects(gone))
+        self._bridges.publish(shapes.redirects(moved))
         made.request = request
         made.ports = [*kept, *trial.ports]
         made.publishing = trial.publishing or made.publishing
@@ -492,6 +500,8 @@ class NetworkManager:
             else:
                 # Only that it may forget, and it is gone.
                 self._link.close()
+        elif self._link.busy:
+            soon = 0.02
         default = self._bridges.active.get(self._catalog.default.id)
         if default is not None and self._bridges.is_idle(default):
             if self._lobby.filling:
@@ -508,9 +518,13 @@ class NetworkManager:
 
     def helpers(self) -> _Processes:
         """The processes the holder must supervise now: (name, argv, environment)."""
-        if any(made.served for made in self._attached.values()):
+        if self._link.busy or any(made.served for made in self._attached.values()):
             return [self._link.process()]
         return []
+
+    def helper_dismissed(self) -> None:
+        """What `helpers` no longer lists is about to be ended: nothing more is said to it."""
+        self._link.forget()
 
     def doctor(self) -> _Findings:
         """What stands in the way of networks on this host."""

@@ -128,6 +128,10 @@ class Wiring:
         with netns.inside(namespace, rt.connect) as inner:
             self._reroute(made, inner)
 
+    def unplug(self, endpoint: Endpoint) -> None:
+        """Remove an interface together with its other end; one that is gone is fine."""
+        self._unplug(endpoint.host_name)
+
     def _unplug(self, host_name: str) -> None:
         try:
             self._bridges.route.transact([rt.delete_link(name=host_name)])
