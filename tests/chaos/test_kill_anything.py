@@ -208,6 +208,15 @@ def clean(lab: Lab) -> None:
     lab.cli("rmi", lab.name).ok()
 
 
+def logged(here: Installation) -> str:
+    """What our processes last wrote into their logs."""
+    found = []
+    for path in sorted(here.run.glob("*.log")):
+        lines = path.read_text(errors="replace").splitlines()[-15:]
+        found.append("\n".join([f"{path.name}:", *(f"  {line}" for line in lines)]))
+    return "\n".join(found)
+
+
 def test_anything_can_be_killed_anywhere(lab: Lab) -> None:
     chance = random.Random(20)
     lab.cli("network", "create", "net").ok()
@@ -224,7 +233,7 @@ def test_anything_can_be_killed_anywhere(lab: Lab) -> None:
             check(lab)
             clean(lab)
         except BaseException as error:
-            error.add_note(story)
+            error.add_note(f"{story}\n{logged(lab.here)}")
             raise
         count["+".join(victims)] += 1
     seconds = time.monotonic() - begin
