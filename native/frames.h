@@ -48,6 +48,7 @@ enum frame_type {
     G_FUSE,        /* id of the mount; payload what was read from /dev/fuse */
     G_CREDIT,      /* arg bytes of input taken */
     G_LOG,         /* payload text */
+    G_TAKEN,       /* arg bytes read from the channel; told on lines that must not be flooded */
 };
 
 enum run_mode { MODE_SETUP = 0, MODE_PIPES, MODE_TERMINAL };
@@ -137,18 +138,26 @@ static inline int frame_peek(const struct buffer *b, struct frame *f, const char
     return buffer_size(b) >= sizeof *f + f->length;
 }
 
-/* Write what can be written now: 0, or an errno. */
-static inline int buffer_flush(struct buffer *b, int fd)
+/* Write what can be written now, at most `*most` bytes, which is lessened: 0, or an errno. */
+static inline int buffer_flush_some(struct buffer *b, int fd, size_t *most)
 {
-    while (buffer_size(b)) {
-        ssize_t n = write(fd, b->bytes + b->start, buffer_size(b));
+    while (buffer_size(b) && *most) {
+        ssize_t n = write(fd, b->bytes + b->start, buffer_size(b) < *most ? buffer_size(b) : *most);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0)
             return errno == EAGAIN ? 0 : errno;
         buffer_take(b, (size_t)n);
+        *most -= (size_t)n;
     }
     return 0;
+}
+
+/* Write what can be written now: 0, or an errno. */
+static inline int buffer_flush(struct buffer *b, int fd)
+{
+    size_t most = (size_t)-1;
+    return buffer_flush_some(b, fd, &most);
 }
 
 /* Read once: bytes read, 0 at the end, -1 with errno. */

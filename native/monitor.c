@@ -12,6 +12,8 @@
  *       --detail FILE   how it ended, as JSON
  *       --clone         the guest was booted before: speak first
  *       --boot-seconds N   how long the guest may take to its HELLO (120)
+ *       --window N      at most N bytes that the guest has not told to have read (TAKEN): for
+ *                       user-mode-linux, whose serial line is dead once it was too full
  *       Signals are passed on to the main process, 63 as SIGKILL.
  *   bulkhead-monitor exec --socket PATH [--frames FILE] [--report PATH]
  *       Runs one more process: hands its own standard streams to the monitor, ends as it does.
@@ -21,6 +23,7 @@
 #define _GNU_SOURCE
 #include "monitor.h"
 
+#include <limits.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -59,7 +62,8 @@ struct process {
 /* An answer that is expected: to a set-up program, a mount, or a client's READ. */
 struct request { uint32_t id, owner_id; int is_mount, done; struct client *owner; struct request *next; };
 
-static struct { const char *frames, *socket, *report, *files, *detail; int clone; long boot_seconds; char **vmm; } options = {.boot_seconds = 120};
+static struct { const char *frames, *socket, *report, *files, *detail; int clone; long boot_seconds, window; char **vmm; } options = {.boot_seconds = 120, .window = LONG_MAX};
+static size_t under_way; /* bytes the guest has not told to have read */
 static struct buffer script, from_guest, to_guest, from_files, to_files, last_words;
 static struct client *clients;
 static struct process *processes, *main_process;
@@ -399,6 +403,7 @@ static void on_hello(const struct frame *f, const char *bytes)
     else if (stage == GREETING && !memcmp(bytes, greeting.nonce, sizeof greeting.nonce)) {
         stage = RUNNING;
         deadline = 0;
+        under_way = 0; /* the greeting was read */
         buffer_add(&to_guest, script.bytes + script.start, buffer_size(&script));
         buffer_free(&script);
     } else if (stage != GREETING)
@@ -413,6 +418,8 @@ static void on_guest_frame(const struct frame *f, const char *bytes)
         fail("the guest broke the protocol: a fragment");
     if (f->type == G_LOG)
         remember(bytes, f->length);
+    else if (f->type == G_TAKEN)
+        under_way -= f->arg < under_way ? f->arg : under_way;
     else if (f->type == G_HELLO)
         on_hello(f, bytes);
     else if (stage == BOOTING)
@@ -452,6 +459,14 @@ static void read_guest(void)
     }
     if (whole < 0)
         fail("the guest broke the protocol: not a frame");
+}
+
+static void write_guest(void)
+{
+    size_t most = (size_t)options.window - under_way, left = most;
+    if (buffer_flush_some(&to_guest, guest, &left))
+        buffer_free(&to_guest); /* its end will be read */
+    under_way += most - left;
 }
 
 /* --- the file server --------------------------------------------------------------------------- */
@@ -807,7 +822,7 @@ static void wait_for_events(void)
     uint64_t now = now_ms(CLOCK_MONOTONIC);
     set_size = 0;
     want(signals, 1, POLLIN);
-    want(guest, 1, (short)((buffer_size(&to_files) < FILES_FULL ? POLLIN : 0) | (buffer_size(&to_guest) ? POLLOUT : 0)));
+    want(guest, 1, (short)((buffer_size(&to_files) < FILES_FULL ? POLLIN : 0) | (buffer_size(&to_guest) && under_way < (size_t)options.window ? POLLOUT : 0)));
     if (guest < 0)
         set[set_size++] = (struct pollfd){-1, 0, 0};
     want(files, 1, (short)((space ? POLLIN : 0) | (buffer_size(&to_files) ? POLLOUT : 0)));
@@ -847,8 +862,8 @@ static void serve(void)
             read_client(c);
         c->at = -1;
     }
-    if (on_guest & POLLOUT && buffer_flush(&to_guest, guest))
-        buffer_free(&to_guest); /* its end will be read */
+    if (on_guest & POLLOUT)
+        write_guest();
     if (on_guest & (POLLIN | POLLHUP | POLLERR))
         read_guest();
     if (on_files & POLLOUT && buffer_flush(&to_files, files))
@@ -895,10 +910,12 @@ int main(int argc, char **argv)
     const struct { const char *name, **value; } texts[] = {
         {"--frames", &options.frames}, {"--socket", &options.socket}, {"--report", &options.report},
         {"--files", &options.files}, {"--detail", &options.detail}};
-    const char *seconds = NULL;
+    const char *seconds = NULL, *window = NULL;
     int i = 2;
     for (; i < argc && strcmp(argv[i], "--"); i++) {
-        const char **value = !strcmp(argv[i], "--boot-seconds") ? &seconds : NULL;
+        const char **value = !strcmp(argv[i], "--boot-seconds") ? &seconds
+                             : !strcmp(argv[i], "--window")   ? &window
+                                                              : NULL;
         for (size_t k = 0; k < sizeof texts / sizeof *texts; k++)
             if (!strcmp(argv[i], texts[k].name))
                 value = texts[k].value;
@@ -910,6 +927,8 @@ int main(int argc, char **argv)
             *value = argv[++i];
     }
     options.boot_seconds = seconds ? strtol(seconds, NULL, 10) : 120;
+    if (window && (options.window = strtol(window, NULL, 10)) < 1)
+        usage();
     options.vmm = argv + i + 1;
     if (argc > 2 && !strcmp(argv[1], "exec") && options.socket)
         return exec_main(options.socket, options.frames, options.report);

@@ -167,6 +167,8 @@ class Jail:
     """Processes and threads of the monitor beside those the guest's own count for."""
     terminal: bool
     devices: Sequence[Device] = ()
+    mounts: Sequence[Mount] = ()
+    """Beside those of every jail."""
 
 
 def jail_bundle(bundle: Bundle, jail: Jail, fds: tuple[int, ...]) -> Bundle:
@@ -180,26 +182,28 @@ def jail_bundle(bundle: Bundle, jail: Jail, fds: tuple[int, ...]) -> Bundle:
     )
 
 
-def _spec(bundle: Bundle, jail: Jail) -> Spec:
+def process(bundle: Bundle, jail: Jail) -> Process:
+    """A process of the jail: nobody's user, no powers."""
     uid = uid_of(bundle.id)
     given = bundle.spec.process
+    return Process(
+        args=list(jail.args),
+        env=["TMPDIR=/tmp", "HOME=/tmp", f"LD_LIBRARY_PATH={jail.root.library_path}"],
+        terminal=jail.terminal,
+        user=User(uid=uid, gid=uid),
+        capabilities=Capabilities([], [], [], [], []),
+        rlimits=[Rlimit("RLIMIT_CORE", 0, 0), Rlimit("RLIMIT_NOFILE", 4096, 4096)],
+        no_new_privileges=True,
+        oom_score_adj=given.oom_score_adj if given is not None else None,
+    )
+
+
+def _spec(bundle: Bundle, jail: Jail) -> Spec:
+    uid = uid_of(bundle.id)
     return Spec(
         root=Root(path="rootfs", readonly=True),
         hostname="guest",
-        process=Process(
-            cwd="/",
-            args=list(jail.args),
-            env=["TMPDIR=/tmp", "HOME=/tmp", f"LD_LIBRARY_PATH={jail.root.library_path}"],
-            terminal=jail.terminal,
-            user=User(uid=uid, gid=uid),
-            capabilities=Capabilities([], [], [], [], []),
-            rlimits=[
-                Rlimit("RLIMIT_CORE", 0, 0),
-                Rlimit("RLIMIT_NOFILE", 4096, 4096),
-            ],
-            no_new_privileges=True,
-            oom_score_adj=given.oom_score_adj if given is not None else None,
-        ),
+        process=process(bundle, jail),
         mounts=_mounts(jail, uid),
         linux=Linux(
             namespaces=_namespaces(bundle.spec.linux),
@@ -223,6 +227,10 @@ def _mounts(jail: Jail, uid: int) -> list[Mount]:
     memory = jail.guest_bytes + jail.overhead_bytes
     found = [
         Mount("/dev", "tmpfs", "tmpfs", ["nosuid", "noexec", "mode=755", "size=65536"]),
+        Mount(
+            "/dev/pts", "devpts", "devpts",
+            ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"],
+        ),
         # The memory file of user-mode-linux is mapped executable.
         Mount("/tmp", "tmpfs", "tmpfs", ["nosuid", "nodev", "mode=700", f"size={memory}", *own]),
         Mount(
@@ -230,9 +238,7 @@ def _mounts(jail: Jail, uid: int) -> list[Mount]:
             ["nosuid", "nodev", "noexec", "mode=700", "size=65536", *own],
         ),
     ]  # fmt: skip
-    if jail.terminal:
-        options = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]
-        found.append(Mount("/dev/pts", "devpts", "devpts", options))
+    found.extend(jail.mounts)
     for number, (path, writable) in enumerate(jail.disks):
         mode = "rw" if writable else "ro"
         options = ["bind", mode, "nosuid", "nodev", "noexec"]

@@ -16,6 +16,7 @@ CALLS: tuple[tuple[str, str], ...] = (
     ("recvmsg recvmmsg recvfrom sendmsg sendmmsg sendto", "tap packets, the monitor's sockets"),
     ("openat open newfstatat fstat stat lstat statx statfs fstatfs access faccessat faccessat2",
      "ld.so, disks, the memory file"),
+    ("umask chmod fchmod", "the modes of the memory file and of the monitor's socket"),
     ("mkdir rmdir unlink unlinkat getdents64 readlink getcwd", "its pid directory in /tmp"),
     ("ftruncate fallocate fsync fdatasync", "memory file; the guest's flushes of its disk"),
     ("mmap munmap mprotect madvise brk mremap", "guest memory; also done by the stubs"),

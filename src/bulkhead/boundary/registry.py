@@ -9,8 +9,13 @@ from bulkhead.home import Home
 
 _MODULES: dict[str, tuple[str, str]] = {
     "container": ("bulkhead.boundaries.container", "ContainerBoundary"),
+    "sandbox": ("bulkhead.boundaries.sandbox", "SandboxBoundary"),
+    "microvm": ("bulkhead.boundaries.microvm", "MicrovmBoundary"),
 }
 """Name: (module, class). The class is called with one `Services`."""
+
+GUESTS = frozenset({"sandbox", "microvm"})
+"""Those with a kernel of their own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ _IDENTITY = (
        choices=("always", "missing", "never")),
     _O("-q, --quiet", "bool", "Suppress the pull output"),
     _O("--boundary", "string", "What isolates it: container, sandbox, microvm or vm"),
+    _O("--kernel", "string", "Guest kernel, for boundaries with a kernel of their own"),
     _O("--runtime", "string", "Same as --boundary, for docker's sake"),
     _O("--isolation", "string", "Only \"default\", for docker's sake"),
     _O("--dry-run", "bool", "Print the steps of the launch, run nothing"),

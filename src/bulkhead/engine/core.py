@@ -205,6 +205,7 @@ class Engine:
             dns_options=tuple(host.dns_options or ()),
             extra_hosts=tuple(host.extra_hosts or ()),
             mac=config.mac_address or "",
+            guest=record.boundary in registry.GUESTS,
         )
 
     @staticmethod

@@ -5,7 +5,7 @@ import os
 import time
 
 from bulkhead.boundary import registry
-from bulkhead.engine import body, merge, mountpoints, names, options, platforms, security
+from bulkhead.engine import body, guests, merge, mountpoints, names, options, platforms, security
 from bulkhead.engine.core import Engine
 from bulkhead.engine.records import MountPoint, Record, Workload
 from bulkhead.errors import Invalid, NotFound
@@ -17,14 +17,14 @@ _FIRST_ID, _ID_COUNT = 1 << 30, 1 << 16
 
 
 def create(
-    engine: Engine, name: str, request: body.CreateBody, boundary: str
+    engine: Engine, name: str, request: body.CreateBody, boundary: str, kernel: str = ""
 ) -> tuple[Workload, list[str]]:
     """A new workload, recorded; and warnings.
 
     Errors are Docker's: Invalid for a mistake in the request, NotFound for an unknown image,
     network or workload it refers to, Conflict for a taken name.
     """
-    record, warnings = _checked(engine, name, request, boundary)
+    record, warnings = _checked(engine, name, request, boundary, kernel)
     with contextlib.ExitStack() as undo:
         _volumes(engine, record, request, undo)
         workload = Workload(record)
@@ -39,13 +39,15 @@ def draft(engine: Engine, name: str, request: body.CreateBody, boundary: str) ->
 
 
 def _checked(
-    engine: Engine, name: str, request: body.CreateBody, boundary: str
+    engine: Engine, name: str, request: body.CreateBody, boundary: str, kernel: str = ""
 ) -> tuple[Record, list[str]]:
     kind = _boundary(boundary, request)
-    warnings = options.validate(request)
+    warnings = options.validate(request, guest=kind in registry.GUESTS)
     image = _image(engine, request.image)
     warnings += platforms.check(image, request.image, request.platform or "")
     record = _record(engine, request, image, kind)
+    record.kernel = kernel
+    guests.check(record)
     record.name = _name(engine, name)
     return record, warnings
 

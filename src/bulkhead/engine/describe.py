@@ -157,6 +157,8 @@ def inspect(engine: "Engine", workload: Workload, *, size: bool = False) -> dict
         "NetworkSettings": settings(engine, workload),
         "Boundary": record.boundary,
     }
+    if record.kernel:
+        described["Kernel"] = record.kernel
     if size:
         described["SizeRw"] = stdio.writable_bytes(f"{home}/upper")
         described["SizeRootFs"] = described["SizeRw"] + _image_size(engine, record)

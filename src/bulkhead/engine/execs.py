@@ -5,7 +5,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from bulkhead.engine import body, security, specgen, specgen_limits, stdio, users
+from bulkhead.engine import body, guests, security, specgen, specgen_limits, stdio, users
 from bulkhead.engine.lifecycle import attributes, exit_code
 from bulkhead.engine.records import UNKNOWN_EXIT, Workload
 from bulkhead.errors import BulkheadError, Conflict, Invalid, NotFound
@@ -105,7 +105,7 @@ class Execs:
     def process(self, execution: Execution, rows: int, columns: int) -> oci.Process:
         """What runs: the container's own settings with the request's on top."""
         record, request = execution.workload.record, execution.request
-        accounts = users.read((f"/proc/{record.pid}/root",))
+        accounts = users.read(guests.account_files(self._engine, record))
         identity = users.resolve(
             request.user or record.config.user, accounts, record.host.group_add or ()
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bulkhead.boundary.seam import Bundle, Launched, Rootfs
-from bulkhead.engine import copyup, parents, specgen, stdio, users
+from bulkhead.engine import copyup, guests, parents, specgen, stdio, users
 from bulkhead.engine.records import MountPoint, Record, Workload
 from bulkhead.errors import (
     BulkheadError,
@@ -46,6 +46,8 @@ async def launch(engine: "Engine", workload: Workload, start: Start) -> Launched
     async with contextlib.AsyncExitStack() as undo:
         lowers = await engine.lowers(record.diff_ids)
         rootfs = _directories(engine, record, lowers)
+        if guests.is_guest(record):
+            rootfs = guests.rootfs(engine, record, rootfs)
         sources = [await _source(engine, record, point, lowers, undo) for point in record.mounts]
         undo.callback(engine.volumes.release, record.id)
         attachment = engine.networks.prepare(engine.attach_request(workload))
@@ -57,6 +59,8 @@ async def launch(engine: "Engine", workload: Workload, start: Start) -> Launched
             spec=specgen.generate(record, facts),
             rootfs=rootfs,
             directory=engine.home.workload_run(record.id),
+            nics=guests.nics(record, attachment.netns_path, undo),
+            kernel=record.kernel,
         )
         parents.claim(engine, record)
         undo.callback(parents.give_back, record)

@@ -231,10 +231,6 @@ def _modes(host: body.HostConfig) -> None:
         raise Invalid(f'invalid isolation "{host.isolation}": only "default" exists on Linux')
     if host.volume_driver not in {"", "local"}:
         raise Invalid(f"error looking up volume plugin {host.volume_driver}: plugin not found")
-    if host.storage_opt:
-        raise Unsupported(
-            "--storage-opt is not supported: writable layers share the file system of the store"
-        )
     if host.console_size is not None and len(host.console_size) != 2:
         raise Invalid("ConsoleSize must be [height, width]")
 
@@ -319,12 +315,19 @@ def _host(host: body.HostConfig) -> None:
             raise Invalid(f"sysctl '{name}' is not allowed in the host network namespace")
 
 
-def validate(config: body.CreateBody) -> list[str]:
-    """Check everything; Invalid for the first mistake; returns warnings."""
+def validate(config: body.CreateBody, *, guest: bool = False) -> list[str]:
+    """Check everything; Invalid for the first mistake; returns warnings.
+
+    `guest`: it will have a kernel, and a disk, of its own.
+    """
     warnings: list[str] = []
     host = config.host_config or body.HostConfig()
     _config(config)
     _host(host)
+    if host.storage_opt and not guest:
+        raise Unsupported(
+            "--storage-opt is not supported: writable layers share the file system of the store"
+        )
     check_resources(host, warnings)
     check_restart(host.restart_policy, auto_remove=host.auto_remove)
     _ports(host, config.exposed_ports)

@@ -75,6 +75,8 @@ class Record(msgspec.Struct, omit_defaults=True):
     boot_id: str = ""
     parent_made: str = ""
     """The topmost group above its own that we made for `--cgroup-parent`."""
+    kernel: str = ""
+    """The guest kernel that was asked for."""
 
     @property
     def durable(self) -> bool:

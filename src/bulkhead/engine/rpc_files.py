@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from bulkhead.engine import archive, users, views
+from bulkhead.engine import archive, guests, users, views
 from bulkhead.engine.calls import Call, Params, Table
 from bulkhead.engine.core import Engine
 from bulkhead.engine.lifecycle import attributes
@@ -115,6 +115,7 @@ def _in_volume(workload: Workload, path: str) -> bool:
 async def export(engine: Engine, params: One, call: Call) -> dict[str, Any]:
     """Write the tar of the whole root, without volumes, to the descriptor."""
     workload = engine.workloads.find(params.id)
+    guests.refuse(workload, "export")
     record = workload.record
     lowers = await engine.lowers(record.diff_ids)
     upper = f"{engine.home.workload(record.id)}/upper"
@@ -158,6 +159,7 @@ def _made_by_us(upper: str, workload: Workload, path: str) -> bool:
 async def changes(engine: Engine, params: One, call: Call) -> list[dict[str, Any]]:
     """Docker's `diff`: what the writable layer changes."""
     workload = engine.workloads.find(params.id)
+    guests.refuse(workload, "diff")
     lowers = await engine.lowers(workload.record.diff_ids)
     upper = f"{engine.home.workload(workload.id)}/upper"
     if not os.path.isdir(upper):
@@ -197,6 +199,7 @@ def _only_around(
 async def commit(engine: Engine, params: Commit, call: Call) -> dict[str, Any]:
     """Make an image of its writable layer."""
     workload = engine.workloads.find(params.id)
+    guests.refuse(workload, "commit")
     record = workload.record
     name = None
     if params.repo:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from bulkhead.boundary.seam import Measured
-from bulkhead.engine import filters, stdio, table
+from bulkhead.engine import filters, guests, stdio, table
 from bulkhead.engine.calls import Call, Params, Table
 from bulkhead.engine.core import Engine
 from bulkhead.engine.health import moment
@@ -164,6 +164,7 @@ async def top(engine: Engine, params: Top, call: Call) -> dict[str, Any]:
     workload = engine.workloads.find(params.id)
     if not workload.running:
         raise Conflict(f"container {workload.id} is not running")
+    guests.refuse(workload, "top")
     instance: object = workload.instance
     if not isinstance(instance, Measured):
         raise Unsupported(f"the boundary {workload.record.boundary} does not list processes")

@@ -21,6 +21,7 @@ class Create(Params, frozen=True):
     body: body.CreateBody
     name: str = ""
     boundary: str = ""
+    kernel: str = ""
 
 
 class Run(Create, frozen=True):
@@ -97,7 +98,9 @@ class Update(One, frozen=True):
 
 
 def _create(engine: Engine, params: Create) -> tuple[Workload, list[str]]:
-    workload, warnings = creation.create(engine, params.name, params.body, params.boundary)
+    workload, warnings = creation.create(
+        engine, params.name, params.body, params.boundary, params.kernel
+    )
     engine.events.emit("container", "create", workload.id, attributes(workload))
     return workload, warnings
 
@@ -223,6 +226,9 @@ async def resize(engine: Engine, params: Resize, call: Call) -> dict[str, Any]:
 @METHODS.method("workload.wait", Wait)
 async def wait(engine: Engine, params: Wait, call: Call) -> dict[str, Any]:
     """Wait for its end."""
+    departed = engine.removal.departed(params.id)
+    if departed is not None:
+        return departed
     return await engine.control.wait(engine.workloads.find(params.id), params.condition)
 
 

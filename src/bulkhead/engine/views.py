@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from bulkhead.engine import guests
 from bulkhead.engine.records import Workload
 from bulkhead.errors import Conflict
 from bulkhead.linux import mounts, namespaces, openat2
@@ -84,6 +85,7 @@ async def with_root(engine: "Engine", workload: Workload, action: Callable[[int]
     A running one's is reached through /proc/PID/root. One that does not run gets its layers and
     volumes mounted in a thread's own mount namespace; it cannot be started meanwhile.
     """
+    guests.refuse(workload, "copying files")
     if workload.running:
         root = OwnedFd(
             os.open(f"/proc/{workload.record.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

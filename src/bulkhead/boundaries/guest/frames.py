@@ -70,6 +70,7 @@ class Type(enum.IntEnum):
     FUSE = 72
     GUEST_CREDIT = 73
     LOG = 74
+    TAKEN = 75
 
 
 class Mode(enum.IntEnum):

@@ -46,6 +46,8 @@ def _request(context: Context, parsed: Parsed) -> dict[str, Any]:
     boundary = parsed["boundary"] or parsed["runtime"]
     if boundary and boundary not in ("runc", "crun", "io.containerd.runc.v2"):
         params["boundary"] = boundary
+    if parsed["kernel"]:
+        params["kernel"] = parsed["kernel"]
     cidfile = parsed["cidfile"]
     if cidfile and os.path.lexists(cidfile):
         raise Conflict(f"container ID file found, make sure the other container isn't running "
@@ -162,7 +164,7 @@ def _attached(context: Context, parsed: Parsed, params: dict[str, Any], fds: lis
     except Unavailable as error:
         if session.target is None:
             raise
-        result = wait_again(context, session.target[1], error)
+        result = wait_again(context, session, error)
     return finish(context, result)
 
 
@@ -182,15 +184,31 @@ def finish(context: Context, result: dict[str, Any]) -> int:
     return int(code)
 
 
-def wait_again(context: Context, identity: str, error: BulkheadError) -> dict[str, Any]:
-    """The engine went away while the workload ran on, output included: wait at a new engine."""
+def wait_again(context: Context, session: Session, error: BulkheadError) -> dict[str, Any]:
+    """The engine went away while the workload ran on, streams included: wait at a new engine.
+
+    Says so; raises `error` if the workload had not begun.
+    """
+    assert session.target is not None
+    identity = session.target[1]
     context.close()
     try:
-        result: dict[str, Any] = context.call(
-            "workload.wait", {"id": identity, "condition": "not-running"}
-        )
+        found = context.call("workload.inspect", {"id": identity})
+        if found["State"]["Status"] == "created":
+            raise error
     except NotFound:
-        raise error from None  # --rm: removed by the engine that came after, its code with it
+        pass  # --rm: its end is known to `wait` alone
+    context.err(
+        f"bulkhead: the engine was lost and started again; container {identity[:12]} and its "
+        "streams are not affected; waiting for its end"
+    )
+    params = {"id": identity, "condition": "not-running"}
+    try:
+        result: dict[str, Any] = session.run(context.engine, "workload.wait", params, [])
+    except Stopped as stop:
+        return {"StatusCode": 128 + stop.number}
+    except NotFound:
+        raise error from None
     return result
 
 

@@ -1,0 +1,118 @@
+"""Workloads with a kernel of their own: what they cannot have, and what a start adds for them."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from bulkhead.boundary import registry
+from bulkhead.boundary.seam import Nic, Rootfs
+from bulkhead.engine import body, options
+from bulkhead.engine.records import Record, Workload
+from bulkhead.errors import Invalid, Unsupported
+from bulkhead.network.tap import guest_taps
+
+if TYPE_CHECKING:
+    from bulkhead.engine.core import Engine
+
+_DISK = "disk.ext4"
+
+
+def is_guest(record: Record) -> bool:
+    """Whether the workload has a kernel of its own."""
+    return record.boundary in registry.GUESTS
+
+
+def check(record: Record) -> None:
+    """Refuse what a workload of another kernel cannot have, in words; Unsupported or Invalid."""
+    if not is_guest(record):
+        if record.kernel:
+            raise Invalid(
+                f"--kernel {record.kernel}: a workload behind the boundary {record.boundary} "
+                "shares the host's kernel"
+            )
+        return
+    host = record.host
+    disk_size(host)
+    for option, present in (
+        (f"--network {host.network_mode}", _others(host.network_mode)),
+        (f"--pid {host.pid_mode}", _others(host.pid_mode)),
+        (f"--ipc {host.ipc_mode}", _others(host.ipc_mode)),
+        ("--uts host", host.uts_mode == "host"),
+        ("--userns", host.userns_mode not in {"", "host"}),
+        ("--cgroupns host", host.cgroupns_mode == "host"),
+        ("--privileged", host.privileged),
+        ("--device", bool(host.devices)),
+    ):
+        if present:
+            raise Unsupported(
+                f"{option} is not possible behind the boundary {record.boundary}: "
+                "it has a kernel of its own"
+            )
+    for point in record.mounts:
+        if point.type_ != "tmpfs":
+            raise Unsupported(
+                f"{point.type_} mounts ({point.destination}) are not yet possible behind the "
+                f"boundary {record.boundary}; tmpfs mounts are"
+            )
+
+
+def _others(mode: str) -> bool:
+    """Whether a namespace is shared with the host or another workload."""
+    return mode == "host" or mode.startswith("container:")
+
+
+def disk_size(host: body.HostConfig) -> int:
+    """Bytes of a guest's writable disk, 0 for the default; Invalid for other storage options."""
+    size = 0
+    for name, value in (host.storage_opt or {}).items():
+        if name != "size":
+            raise Invalid(f"--storage-opt {name}: the only storage option of a guest is size")
+        size = options.size(value)
+    return size
+
+
+def rootfs(engine: "Engine", record: Record, base: Rootfs) -> Rootfs:
+    """The root with what a guest mounts: the images of its layers and its writable disk."""
+    files: dict[str, None] = {}
+    for diff_id in reversed(record.diff_ids):
+        layer = engine.store.layer(diff_id)
+        if layer is None or layer.form != "erofs":
+            raise Unsupported(f"layer {diff_id} is not stored as a file system image")
+        files[layer.path] = None
+    return Rootfs(
+        lowers=base.lowers,
+        upper=base.upper,
+        work=base.work,
+        layer_files=tuple(files),
+        disk=f"{engine.home.workload(record.id)}/{_DISK}",
+        disk_size=disk_size(record.host),
+    )
+
+
+def nics(record: Record, netns: str | None, undo: contextlib.AsyncExitStack) -> tuple[Nic, ...]:
+    """The interfaces that the network has prepared, as a guest's; closed by `undo` on failure."""
+    if not is_guest(record) or netns is None:
+        return ()
+    made = []
+    for one in guest_taps(netns):
+        undo.callback(one.tap_fd.close)
+        routes = tuple((route.destination, route.gateway) for route in one.routes)
+        made.append(Nic(one.name, one.tap_fd, one.mac, one.addresses, routes, one.mtu))
+    return tuple(made)
+
+
+def refuse(workload: Workload, what: str) -> None:
+    """Unsupported, for what needs to look into a workload's files or processes from outside."""
+    record = workload.record
+    if is_guest(record):
+        raise Unsupported(
+            f"{what} is not possible behind the boundary {record.boundary}: only its own kernel "
+            f"sees that; bulkhead exec {record.name} does it from inside"
+        )
+
+
+def account_files(engine: "Engine", record: Record) -> Sequence[str]:
+    """Where passwd and group of a running workload are read; for guests those of its image."""
+    if is_guest(record):
+        return engine.layers.lowers(record.diff_ids)
+    return (f"/proc/{record.pid}/root",)
