@@ -101,12 +101,15 @@ class Control:
         await self._engine.lifecycle.start(workload, Start())
         self._engine.events.emit("container", "restart", workload.id, attributes(workload))
 
-    async def pause(self, workload: Workload) -> None:
-        """Freeze it."""
+    async def pause(self, workload: Workload, *, passing: bool = False) -> None:
+        """Freeze it; `passing`: not for longer than an operation of ours."""
         async with workload.lock:
             self._running(workload)
             if workload.record.status == "paused":
                 raise Conflict(f"Container {workload.id} is already paused")
+            workload.record.passing = passing
+            if passing:
+                self._engine.workloads.save(workload)
             await self._pausable(workload).pause()
             workload.record.status = "paused"
             self._engine.workloads.save(workload)
@@ -127,6 +130,7 @@ class Control:
     async def _thaw(self, workload: Workload) -> None:
         await self._pausable(workload).resume()
         workload.record.status = "running"
+        workload.record.passing = False
         self._engine.workloads.save(workload)
         self._engine.events.emit("container", "unpause", workload.id, attributes(workload))
 

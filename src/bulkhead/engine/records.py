@@ -72,6 +72,8 @@ class Record(msgspec.Struct, omit_defaults=True):
     restart_count: int = 0
     stopped_by_hand: bool = False
     removing: bool = False
+    passing: bool = False
+    """It is paused only for the length of an operation: an engine that finds it so thaws it."""
     boot_id: str = ""
     parent_made: str = ""
     """The topmost group above its own that we made for `--cgroup-parent`."""

@@ -14,7 +14,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from bulkhead.boundary.seam import Bundle, Rootfs
+from bulkhead.boundary.seam import Bundle, Pausable, Rootfs
 from bulkhead.engine import restart, specgen
 from bulkhead.engine.launching import Start
 from bulkhead.engine.records import UNKNOWN_EXIT, Record, Workload
@@ -128,6 +128,9 @@ async def _load(engine: "Engine", workload: Workload) -> None:
     workload.instance = await engine.boundary(record.boundary).load(workload.bundle, record.pid)
     if workload.instance.state().status == "paused":
         record.status = "paused"
+        if record.passing and isinstance(workload.instance, Pausable):
+            await workload.instance.resume()
+            record.status, record.passing = "running", False
     elif record.status == "paused":
         record.status = "running"
     for point in record.mounts:

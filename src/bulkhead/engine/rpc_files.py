@@ -208,7 +208,7 @@ async def commit(engine: Engine, params: Commit, call: Call) -> dict[str, Any]:
     upper = f"{engine.home.workload(record.id)}/upper"
     frozen = params.pause and record.status == "running"
     if frozen:
-        await engine.control.pause(workload)
+        await engine.control.pause(workload, passing=True)
 
     def layer() -> Iterator[bytes]:
         if os.path.isdir(upper):
