@@ -44,6 +44,7 @@ T = TypeVar("T")
 HOST4, OUTSIDE4 = "198.51.100.1", "198.51.100.2"
 HOST6, OUTSIDE6 = "2001:db8:1::1", "2001:db8:1::2"
 PATIENCE_S = 30.0
+SELDOM_S = 5.0
 
 
 @functools.cache
@@ -330,9 +331,9 @@ class Lab:
         self._undo.callback(end)
 
     def settle(self) -> None:
-        """Let the manager do what can wait until nothing is left to do."""
+        """Let the manager do what can wait until nothing is left to do soon."""
         deadline = time.monotonic() + 60
-        while self.manager.refill() is not None or self.manager._lobby.filling:
+        while (self.manager.refill() or SELDOM_S) < SELDOM_S or self.manager._lobby.filling:
             assert time.monotonic() < deadline, "the manager does not come to rest"
             time.sleep(0.01)
 

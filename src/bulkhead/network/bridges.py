@@ -28,6 +28,8 @@ from bulkhead.network.records import Network, Subnet
 DEFAULT_MTU = 1500
 IDLE_S = 2.0
 """How long a bridge stays after its last workload, so that one run after the other is quick."""
+DOCKER_EACH_S = 10.0
+"""How often it is looked whether a Docker has started beside us: its firewall then wants rules."""
 
 
 @dataclass(slots=True)
@@ -285,9 +287,9 @@ class Bridges:
         return wait
 
     def recheck_docker(self) -> None:
-        """Follow a Docker that came or went since; at most every ten seconds."""
+        """Follow a Docker that came or went since; at most every `DOCKER_EACH_S`."""
         now = time.monotonic()
-        if self.active and now - self._docker_checked > 10.0:
+        if self.active and now - self._docker_checked >= DOCKER_EACH_S:
             self._docker_checked = now
             open_docker_user(self.filter, self._tag, [a.network.link for a in self.active.values()])
 

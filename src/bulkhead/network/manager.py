@@ -20,7 +20,7 @@ from bulkhead.linux.fds import OwnedFd
 from bulkhead.network import attached as shapes
 from bulkhead.network import doctor, files, inner, ports
 from bulkhead.network.attached import Attached, Records
-from bulkhead.network.bridges import Bridges, Endpoint
+from bulkhead.network.bridges import DOCKER_EACH_S, Bridges, Endpoint
 from bulkhead.network.catalog import NO_FILTERS, Catalog, DocumentStore
 from bulkhead.network.helperlink import HelperLink
 from bulkhead.network.lobby import Lobby
@@ -512,9 +512,10 @@ class NetworkManager:
         self._bridges.recheck_docker()
         plan = self._wiring.plan_default if default is not None else None
         self._lobby.fill(plan, self._wiring.spare)
-        if wait is None or soon is None:
-            return soon if wait is None else wait
-        return min(wait, soon)
+        waits = [one for one in (wait, soon) if one is not None]
+        if self._bridges.active:
+            waits.append(DOCKER_EACH_S)
+        return min(waits, default=None)
 
     def helpers(self) -> _Processes:
         """The processes the holder must supervise now: (name, argv, environment)."""
