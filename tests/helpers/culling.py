@@ -2,12 +2,13 @@
 
 import contextlib
 import os
+import select
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.helpers.installation import Installation
-from tests.helpers.waiting import until
+from tests.helpers.waiting import DEADLINE_S
 
 PARTS = {
     "engine": b"bulkhead.engine",
@@ -35,7 +36,7 @@ def pids(here: Installation, part: str) -> list[int]:
 def aimed(here: Installation, *parts: str) -> Iterator[Callable[[], int]]:
     """A function that kills all processes that `parts` have now, as nearly at once as can be.
 
-    It waits until they are gone, and says how many it has killed.
+    It waits until they are gone with all their threads, and says how many it has killed.
     """
     handles = []
     with contextlib.ExitStack() as undo:
@@ -53,7 +54,7 @@ def aimed(here: Installation, *parts: str) -> Iterator[Callable[[], int]]:
                     signal.pidfd_send_signal(handle, signal.SIGKILL)
                     killed += 1
             for pid, handle in handles:
-                until(lambda pid=pid, handle=handle: _gone(pid, handle), f"{pid} is dead")  # type: ignore[misc]
+                assert select.select([handle], [], [], DEADLINE_S)[0], f"{pid} does not die"
             return killed
 
         yield fire
@@ -63,12 +64,3 @@ def kill(here: Installation, *parts: str) -> int:
     """SIGKILL all processes of `parts`, and wait until they are gone; how many there were."""
     with aimed(here, *parts) as fire:
         return fire()
-
-
-def _gone(pid: int, handle: int) -> bool:
-    """Whether the process has ended (a zombie has); its pid may already be another's."""
-    try:
-        signal.pidfd_send_signal(handle, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
