@@ -145,7 +145,8 @@ def _arguments(bundle: Bundle, shape: Jail) -> list[str]:
     found.append(f"ubd{layers}=/disks/{layers}")
     for number, nic in enumerate(bundle.nics):
         tap = FIRST_TAP_FD + number
-        found.append(f"vec{number}:transport=fd,fd={tap},mac={nic.mac},mtu={nic.mtu}")
+        # vec=0: packets one by one. Many at once (recvmmsg) is for sockets; a tap is none.
+        found.append(f"vec{number}:transport=fd,fd={tap},vec=0,mac={nic.mac},mtu={nic.mtu}")
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 from bulkhead.oci.runtime import Seccomp, Syscall, SyscallArg
 
 CALLS: tuple[tuple[str, str], ...] = (
-    ("read write readv pread64 pwrite64 lseek close", "console, channel, disks"),
+    ("read write readv writev pread64 pwrite64 lseek close", "console, channel, disks"),
     ("recvmsg recvmmsg recvfrom sendmsg sendmmsg sendto", "tap packets, the monitor's sockets"),
     ("openat open newfstatat fstat stat lstat statx statfs fstatfs access faccessat faccessat2",
      "ld.so, disks, the memory file"),
