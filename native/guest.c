@@ -32,7 +32,6 @@
 
 #define QUEUE_FULL (512u << 10) /* streams and FUSE wait while this much is to be sent */
 #define CHUNK 32768u
-#define FUSE_REQUEST_MAX ((1u << 20) + 4096u)
 
 struct process {
     uint32_t id, mode, rows, columns;
@@ -46,25 +45,17 @@ struct process {
     struct process *next;
 };
 
-struct mountpoint {
-    uint32_t id;
-    int fd, at;
-    struct buffer reply;
-    struct mountpoint *next;
-};
-
 struct pending { struct pending *next; struct frame frame; char bytes[]; };
 
 static struct process *processes;
-static struct mountpoint *mountpoints;
 static struct pending *pending;
 static struct progress *flights;
-static struct buffer inbox, outbox, run_message;
+struct buffer outbox;
+static struct buffer inbox, run_message;
 static sigset_t no_signals;
-static int channel = -1, signals = -1, booted, setup_failed, is_line;
-int kmsg = -1;
+static int channel = -1, signals = -1, booted, is_line;
+int kmsg = -1, setup_failed;
 static unsigned process_count;
-static char fuse_request[FUSE_REQUEST_MAX];
 
 void say(const char *format, ...)
 {
@@ -97,7 +88,7 @@ static void tell(struct process *p, enum frame_type type, uint32_t arg)
         frame_add(&outbox, type, p->id, arg, NULL, 0);
 }
 
-static void refuse(uint32_t id, int error, const char *text)
+void refuse(uint32_t id, int error, const char *text)
 {
     struct failed f = {.kind = FAILED_REFUSED};
     frame_add2(&outbox, G_FAILED, id, (uint32_t)error, &f, sizeof f, text, strlen(text));
@@ -401,73 +392,6 @@ static void reap(void)
         reap_one(pid, status);
 }
 
-/* --- files over the channel ------------------------------------------------------------------ */
-
-static void on_fuse_mount(const struct frame *f, const char *bytes, size_t size)
-{
-    char options[512];
-    const char *target = bytes, *more = memchr(bytes, 0, size);
-    int fd = open("/dev/fuse", O_RDWR | O_CLOEXEC | O_NONBLOCK);
-    if (!more || bytes[size - 1] || fd < 0) {
-        refuse(f->id, fd < 0 ? errno : EINVAL, "/dev/fuse");
-        setup_failed = 1;
-        close_fd(&fd);
-        return;
-    }
-    snprintf(options, sizeof options, "fd=%d,rootmode=40000,user_id=0,group_id=0,%s", fd, more + 1);
-    if (mount("bulkhead", target, "fuse", MS_NODEV, options)) {
-        refuse(f->id, errno, target);
-        setup_failed = 1;
-        close(fd);
-        return;
-    }
-    struct mountpoint *m = calloc(1, sizeof *m);
-    if (!m)
-        abort();
-    *m = (struct mountpoint){.id = f->id, .fd = fd, .at = -1, .next = mountpoints};
-    mountpoints = m;
-    frame_add(&outbox, G_DONE, f->id, 0, NULL, 0);
-}
-
-static void read_fuse(struct mountpoint *m)
-{
-    ssize_t n = read(m->fd, fuse_request, sizeof fuse_request);
-    if (n > 0)
-        frame_add(&outbox, G_FUSE, m->id, 0, fuse_request, (size_t)n);
-    else if (n == 0 || errno == ENODEV)
-        close_fd(&m->fd); /* unmounted */
-}
-
-static void on_fuse_reply(const struct frame *f, const char *bytes)
-{
-    struct mountpoint *m = mountpoints;
-    while (m && m->id != f->id)
-        m = m->next;
-    if (!m || m->fd < 0 || buffer_size(&m->reply) + f->length > MESSAGE_MAX)
-        return;
-    buffer_add(&m->reply, bytes, f->length);
-    if (f->flags & FLAG_MORE)
-        return;
-    /* ENOENT: who asked was interrupted and has gone. */
-    if (write(m->fd, m->reply.bytes + m->reply.start, buffer_size(&m->reply)) < 0 && errno != ENOENT)
-        say("a reply for /dev/fuse: %s", strerror(errno));
-    buffer_take(&m->reply, buffer_size(&m->reply));
-}
-
-static void on_read(const struct frame *f, const char *bytes)
-{
-    char path[4096], data[FRAME_MAX];
-    size_t size = 0;
-    ssize_t n = -1;
-    snprintf(path, sizeof path, "%.*s", (int)f->length, bytes);
-    int fd = f->length < sizeof path ? open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK) : -1;
-    while (fd >= 0 && size < sizeof data && (n = read(fd, data + size, sizeof data - size)) > 0)
-        size += (size_t)n;
-    int error = n < 0 ? errno : 0;
-    close_fd(&fd);
-    frame_add(&outbox, G_DATA, f->id, (uint32_t)error, data, error ? 0 : size);
-}
-
 /* --- frames ---------------------------------------------------------------------------------- */
 
 static void kill_all(void)
@@ -670,7 +594,7 @@ static void prepare(void)
 static struct pollfd set[4 * PROCESSES_MAX + 64];
 static unsigned set_size;
 
-static int want(int fd, short events)
+int want(int fd, short events)
 {
     if (fd < 0 || set_size == sizeof set / sizeof *set)
         return -1;
@@ -678,7 +602,7 @@ static int want(int fd, short events)
     return (int)set_size++;
 }
 
-static short got(int at) { return at < 0 ? 0 : set[at].revents; }
+short got(int at) { return at < 0 ? 0 : set[at].revents; }
 
 static void wait_for_events(void)
 {
@@ -692,8 +616,7 @@ static void wait_for_events(void)
         for (int i = 0; i < 2; i++)
             p->at_out[i] = full || !p->credit[i] || (p->launching && p->mode == MODE_TERMINAL) ? -1 : want(p->out[i], POLLIN);
     }
-    for (struct mountpoint *m = mountpoints; m; m = m->next)
-        m->at = full ? -1 : want(m->fd, POLLIN);
+    want_mounts(full);
     if (poll(set, set_size, -1) < 0)
         for (unsigned i = 0; i < set_size; i++)
             set[i].revents = 0;
@@ -714,9 +637,7 @@ static void serve_processes(void)
                 pump_out(p, i);
         p->at_channel = p->at_in = p->at_out[0] = p->at_out[1] = -1;
     }
-    for (struct mountpoint *m = mountpoints; m; m = m->next)
-        if (got(m->at))
-            read_fuse(m);
+    serve_mounts();
 }
 
 int main(void)

@@ -1,11 +1,15 @@
-/* What guest.c and guest_boot.c share. */
+/* What guest.c, guest_boot.c and guest_files.c share. */
 #ifndef BULKHEAD_GUEST_H
 #define BULKHEAD_GUEST_H
+
+#include "frames.h"
 
 #include <fcntl.h>
 #include <unistd.h>
 
 extern int kmsg; /* the kernel's log, or -1 */
+extern int setup_failed;
+extern struct buffer outbox; /* to the monitor */
 
 /* To the kernel's log and, once there is a channel, to the monitor. */
 __attribute__((format(printf, 1, 2))) void say(const char *format, ...);
@@ -15,6 +19,21 @@ int boot(void);
 
 /* The channel, raw and non-blocking, or -1. */
 int open_channel(const char *wanted);
+
+/* FAILED, of what was never tried. */
+void refuse(uint32_t id, int error, const char *text);
+
+/* A place in the poll set, -1 if there is none, and what came of it. */
+int want(int fd, short events);
+short got(int at);
+
+void on_fuse_mount(const struct frame *f, const char *bytes, size_t size);
+void on_fuse_reply(const struct frame *f, const char *bytes);
+void on_read(const struct frame *f, const char *bytes);
+
+/* Await requests of the mounts, unless the queue is `full`; pass on those that came. */
+void want_mounts(int full);
+void serve_mounts(void);
 
 static inline void close_fd(int *fd)
 {

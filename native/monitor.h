@@ -1,4 +1,4 @@
-/* What monitor.c and monitor_exec.c share. */
+/* What monitor.c, monitor_peers.c and monitor_exec.c share. */
 #ifndef BULKHEAD_MONITOR_H
 #define BULKHEAD_MONITOR_H
 
@@ -9,6 +9,76 @@
 #include <time.h>
 
 #define FAILED_CODE 125
+#define QUEUE_FULL (512u << 10)
+#define FILES_FULL (4u << 20)
+#define CLIENTS_MAX 64u
+#define REQUESTS_MAX 512u
+#define CHUNK 32768u
+#define KILL_SIGNAL 63 /* the real-time signal by which the workload is killed, not the guest */
+#define FIRST_CLIENT_ID 0x10000u
+#define VMM_CHANNEL 9
+
+enum stage { BOOTING, GREETING, RUNNING, ENDING };
+
+struct output { int fd, ended, at; struct buffer bytes; uint32_t unacked, flushed; };
+
+struct client { int fd, dead, at, fds[3], nfds; struct buffer run; struct client *next; };
+
+struct process {
+    uint32_t id, owner_id, mode, in_credit, status;
+    int started, exited, told, in, at_in;
+    struct output out[2];
+    struct client *owner;
+    struct process *next;
+};
+
+/* An answer that is expected: to a set-up program, a mount, or a client's READ. */
+struct request { uint32_t id, owner_id; int is_mount, done; struct client *owner; struct request *next; };
+
+/* --- state, in monitor.c --- */
+
+struct options { const char *frames, *socket, *report, *files, *detail; int clone; long boot_seconds, window; char **vmm; };
+
+extern struct options options;
+extern size_t under_way; /* bytes the guest has not told to have read */
+extern struct buffer script, to_guest, to_files;
+extern struct client *clients;
+extern struct process *processes, *main_process;
+extern struct request *requests;
+extern enum stage stage;
+extern int guest, files, listener, report;
+extern unsigned client_count, process_count, request_count;
+extern uint64_t deadline; /* of the stage, or for the streams' ends; 0: none */
+
+/* End with what is known; the VMM is killed. */
+_Noreturn void leave(const char *reason, const char *text);
+
+/* Keep the last of what the guest's console says. */
+void remember(const char *bytes, size_t size);
+
+void report_refusal(int fd, uint32_t id, int error, const char *text);
+
+/* --- monitor_peers.c: what the guest, the file server and clients send --- */
+
+struct process *add_process(uint32_t id, uint32_t mode, const int *fds);
+struct request *add_request(uint32_t id, struct client *owner, uint32_t owner_id, int is_mount);
+void free_process(struct process *p);
+void flush_output(struct process *p, int i);
+void read_input(struct process *p);
+void send_resize(void);
+void greet(void);
+void read_guest(void);
+void write_guest(void);
+void read_files(void);
+void read_client(struct client *c);
+void accept_client(void);
+void forget_client(struct client *c);
+
+static inline int flushed(const struct process *p) { return !buffer_size(&p->out[0].bytes) && !buffer_size(&p->out[1].bytes); }
+
+static inline int streams_ended(const struct process *p) { return p->out[0].ended && (p->mode == MODE_TERMINAL || p->out[1].ended); }
+
+/* --- shared, in monitor_exec.c --- */
 
 /* Say what went wrong, wherever it is read, and end with FAILED_CODE. */
 __attribute__((format(printf, 1, 2))) _Noreturn void fail(const char *format, ...);

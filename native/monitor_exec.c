@@ -139,7 +139,7 @@ static void on_signals(int signals, int fd, uint32_t id)
 }
 
 /* One packet of the monitor; -1, or the code to end with. */
-static int on_packet(int fd, int *report)
+static int on_packet(int fd, int *reporter)
 {
     static char packet[sizeof(struct frame) + FRAME_MAX];
     struct frame f;
@@ -149,14 +149,14 @@ static int on_packet(int fd, int *report)
     memcpy(&f, packet, sizeof f);
     switch (f.type) {
     case G_STARTED:
-        send_packet(*report, G_STARTED, f.id, f.arg, NULL, 0);
-        close_fd(report);
+        send_packet(*reporter, G_STARTED, f.id, f.arg, NULL, 0);
+        close_fd(reporter);
         send_size(fd, f.id);
         return -1;
     case G_FAILED:
-        if (*report < 0)
+        if (*reporter < 0)
             dprintf(2, "bulkhead-monitor: it did not start: %s\n", strerror((int)f.arg));
-        send_packet(*report, G_FAILED, f.id, f.arg, packet + sizeof f, (size_t)n - sizeof f);
+        send_packet(*reporter, G_FAILED, f.id, f.arg, packet + sizeof f, (size_t)n - sizeof f);
         return f.arg == EACCES ? 126 : f.arg == ENOENT ? 127 : FAILED_CODE;
     case G_EXITED: return WIFSIGNALED(f.arg) ? 128 + WTERMSIG(f.arg) : WEXITSTATUS(f.arg);
     default: return -1;
@@ -172,7 +172,7 @@ int exec_main(const char *path, const char *file, const char *report_path)
     if (frame_peek(&frames, &f, &bytes) <= 0)
         fail("the frames: not one RUN");
     int signals = catch_signals(), code = -1;
-    int report = report_path ? connect_to(report_path, SOCK_SEQPACKET, 10) : -1;
+    int reporter = report_path ? connect_to(report_path, SOCK_SEQPACKET, 10) : -1;
     int fd = connect_to(path, SOCK_SEQPACKET, 10);
     make_raw(0);
     send_run(fd, &frames);
@@ -187,7 +187,7 @@ int exec_main(const char *path, const char *file, const char *report_path)
         if (set[1].revents)
             on_signals(signals, fd, f.id);
         if (set[0].revents)
-            code = on_packet(fd, &report);
+            code = on_packet(fd, &reporter);
     }
     return code;
 }
