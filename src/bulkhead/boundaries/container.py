@@ -16,6 +16,7 @@ from bulkhead.boundaries import container_idmap
 from bulkhead.boundaries.container_exec import exec_template
 from bulkhead.boundaries.container_plan import Ground, plan_launch
 from bulkhead.boundaries.container_process import candidates
+from bulkhead.boundaries.container_stock import Reserved, Stock, fits
 from bulkhead.boundaries.container_template import Templates
 from bulkhead.boundary.registry import Services
 from bulkhead.boundary.seam import (
@@ -52,6 +53,7 @@ class ContainerBoundary:
         self.home = services.home
         self.launcher = services.launcher
         self.templates = Templates(services.home.in_root("seccomp"))
+        self.stocked = Stock()
         self.null = OwnedFd(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
         self._inherited: int | None = None
 
@@ -82,7 +84,7 @@ class ContainerBoundary:
         return self._inherited
 
     async def create(self, bundle: Bundle) -> "Container":
-        """Make the control group of a workload; nothing runs yet.
+        """Make the control group of a workload, or take it from stock; nothing runs yet.
 
         Unsupported for a kind of namespace that this kernel lacks.
         """
@@ -91,7 +93,18 @@ class ContainerBoundary:
                 raise Unsupported(
                     f"this kernel has no {namespace.type_} namespaces: {_remedy(namespace.type_)}"
                 )
-        return Container(self, bundle, _make_group(bundle))
+        ready = self.stocked.take(bundle.id, _group_path(bundle), bundle.spec.linux.resources)
+        if ready is None:
+            return Container(self, bundle, _make_group(bundle))
+        return Container(self, bundle, ready.group, ready)
+
+    def stock(self, identity: str, cgroup_path: str, resources: Resources) -> None:
+        """Make the control group of a workload to come (seam: Stocking)."""
+        self.stocked.add(identity, cgroup_path, resources)
+
+    def unstock(self, identity: str) -> None:
+        """Undo `stock`."""
+        self.stocked.discard(identity)
 
     async def load(self, bundle: Bundle, pid: int) -> "Container":
         """A workload of an earlier engine. `pid` counts only if it is in the workload's group."""
@@ -174,7 +187,14 @@ def source_kinds(spec: Spec) -> tuple[bool, ...]:
 class Container:
     """One container: a control group, and once started a first process."""
 
-    def __init__(self, boundary: ContainerBoundary, bundle: Bundle, group: Group) -> None:
+    def __init__(
+        self,
+        boundary: ContainerBoundary,
+        bundle: Bundle,
+        group: Group,
+        ready: Reserved | None = None,
+    ) -> None:
+        self._ready = ready
         self._root: OwnedFd | None = None
         self.boundary = boundary
         self.bundle = bundle
@@ -260,10 +280,7 @@ class Container:
     ) -> LaunchRequest:
         boundary, bundle, spec = self.boundary, self.bundle, self.bundle.spec
         kinds = source_kinds(spec)
-        joins = self.group.join_fds()
-        for fd in joins:
-            undo.callback(fd.close)
-        views = self._views()
+        joins, views = self._membership(undo, prepared)
         ground = boundary.ground(
             spec,
             joins=len(joins),
@@ -292,6 +309,28 @@ class Container:
             meta=stdio.meta,
             cgroup_fd=cgroup_fd,
         )
+
+    def _membership(
+        self, undo: contextlib.ExitStack, prepared: dict[str, OwnedFd]
+    ) -> tuple[list[OwnedFd], dict[str, str]]:
+        """Descriptors to join the group by, and the directories that the child is to show.
+
+        A tree from stock that shows them joins `prepared` instead.
+        """
+        ready, self._ready = self._ready, None
+        if ready is None:
+            joins = self.group.join_fds()
+            for fd in joins:
+                undo.callback(fd.close)
+            return joins, self._views()
+        undo.callback(ready.close)
+        joins = list(ready.joins)
+        if ready.view is not None and "userns" not in prepared:
+            for position, mount in enumerate(self.bundle.spec.mounts):
+                if fits(mount):
+                    prepared[f"mount{position}"] = ready.view
+                    return joins, {}
+        return joins, self._views()
 
     def _views(self) -> dict[str, str]:
         """The group's directory in every v1 hierarchy, by the hierarchy's name."""
@@ -361,6 +400,9 @@ class Container:
 
         Conflict if something in its control group lives on after `timeout_s`.
         """
+        ready, self._ready = self._ready, None
+        if ready is not None:
+            ready.close()
         root, self._root = self._root, None
         if root is not None:
             root.close()  # writes the upper layer back

@@ -232,6 +232,19 @@ class Disposable(Protocol):
 
 
 @runtime_checkable
+class Stocking(Protocol):
+    """Optional, of a boundary: what can be made before it is known for what. Any thread may ask."""
+
+    def stock(self, identity: str, cgroup_path: str, resources: Resources) -> None:
+        """Make what a workload of that id will need; `create` takes it if it fits."""
+        ...
+
+    def unstock(self, identity: str) -> None:
+        """Undo `stock` for an id that nobody took."""
+        ...
+
+
+@runtime_checkable
 class Updatable(Protocol):
     """Optional, "updatable"."""
 

@@ -22,6 +22,7 @@ from bulkhead.engine.lifecycle import Lifecycle
 from bulkhead.engine.processes import Processes
 from bulkhead.engine.records import Record, Workload, Workloads
 from bulkhead.engine.removal import Removal
+from bulkhead.engine.spares import Spares
 from bulkhead.errors import BulkheadError, NotFound
 from bulkhead.home import Home
 from bulkhead.images.service import ImageService
@@ -59,7 +60,6 @@ class Engine:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._boundaries: dict[str, Boundary] = {}
         self._accounts: dict[tuple[str, ...], users.Accounts] = {}
-        self._spare_ids: list[str] = []
         self.closing = False
         self._tending: asyncio.TimerHandle | None = None
 
@@ -77,6 +77,7 @@ class Engine:
         self.control = Control(self)
         self.execs = Execs(self)
         self.health = Health(self)
+        self.spares = Spares(self)
 
     # --- beginning and end
 
@@ -93,6 +94,7 @@ class Engine:
             task.cancel()
         if self._tasks:
             await asyncio.wait(list(self._tasks))
+        await self.spares.close()
         await self.processes.close()
         self.networks.close()
         self.pool.shutdown(wait=True, cancel_futures=True)
@@ -126,7 +128,7 @@ class Engine:
 
     def take_id(self) -> str:
         """An id for a new workload."""
-        return self._spare_ids.pop() if self._spare_ids else names.new_id()
+        return self.spares.take() or names.new_id()
 
     def boundary(self, name: str) -> Boundary:
         """The boundary called `name`, made once."""
@@ -346,6 +348,7 @@ class Engine:
     async def end_helpers(self) -> None:
         """End keeper, resolver and holder, and take away what only a running engine needs."""
         self.closing = True
+        await self.spares.close()
         await self.processes.holder.shutdown(force=True)
         self.networks.close()
         self.layers.close()

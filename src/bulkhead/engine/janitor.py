@@ -17,8 +17,9 @@ _Item = tuple[_Work, "asyncio.Future[None]"]
 class Janitor:
     """The thread; begun at its first piece of work. Methods are for the loop's thread."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, name: str = "janitor") -> None:
         self._loop = loop
+        self._name = name
         self._queue: SimpleQueue[_Item | None] = SimpleQueue()
         self._done: deque[tuple[asyncio.Future[None], BaseException | None]] = deque()
         self._told = False
@@ -27,7 +28,7 @@ class Janitor:
     def submit(self, work: _Work) -> "asyncio.Future[None]":
         """Do `work` after what was submitted before; the future ends when it is done."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="janitor")
+            self._thread = threading.Thread(target=self._run, name=self._name)
             self._thread.start()
         future: asyncio.Future[None] = self._loop.create_future()
         self._queue.put((work, future))

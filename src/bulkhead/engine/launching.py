@@ -65,9 +65,11 @@ async def launch(engine: "Engine", workload: Workload, start: Start) -> Launched
         parents.claim(engine, record)
         undo.callback(parents.give_back, record)
         instance = await engine.boundary(record.boundary).create(bundle)
+        engine.spares.used(record.id)
         undo.push_async_callback(_delete, instance)
         # While this process waits for the holder, there is time to replace what was taken.
         engine.tend_networks(0.0)
+        engine.spares.refill()
         with stdio.make(engine.home, record, start.rows, start.columns) as streams:
             launched = await instance.start(streams)
         workload.instance, workload.bundle = instance, bundle
@@ -85,18 +87,24 @@ async def _delete(instance: object) -> None:
 
 def _directories(engine: "Engine", record: Record, lowers: tuple[str, ...]) -> Rootfs:
     home = engine.home.workload(record.id)
-    for path, mode in (
-        (home, 0o710),
-        (f"{home}/upper", 0o755),
-        (f"{home}/work", 0o700),
-        (f"{home}/log", 0o700),
-        (engine.home.workload_run(record.id), 0o711),
-    ):
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, mode)
+    make_directories(engine.home, record.id)
     if not record.host.userns_mode or record.host.userns_mode == "host":
         lowers = (*lowers, points(engine.home))
     return Rootfs(lowers=lowers, upper=f"{home}/upper", work=f"{home}/work")
+
+
+def make_directories(home: Home, identity: str) -> None:
+    """The directories of a workload, as far as they are missing."""
+    place = home.workload(identity)
+    for path, mode in (
+        (place, 0o710),
+        (f"{place}/upper", 0o755),
+        (f"{place}/work", 0o700),
+        (f"{place}/log", 0o700),
+        (home.workload_run(identity), 0o711),
+    ):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, mode)
 
 
 @functools.cache

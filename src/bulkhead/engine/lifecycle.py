@@ -162,8 +162,7 @@ class Lifecycle:
         engine, record = self._engine, workload.record
         number = workload.launch_number = workload.launch_number + 1
         engine.health.end(workload)
-        with contextlib.suppress(BulkheadError):
-            await engine.processes.keeper.drained(record.id)
+        await self._drained(workload)
         if workload.launch_number != number or not workload.running:
             return
         self._write_end(workload, status, finished_ns)
@@ -185,11 +184,24 @@ class Lifecycle:
             workload.ended.set_result(record.exit_code)
         for _ in range(3):  # let those who waited answer their clients first
             await asyncio.sleep(0)
+        engine.workloads.flush()
         await self._clean(workload, erase=remove)
         if remove:
             await engine.removal.erase(workload)
         elif record.status == "restarting":
             self._schedule(workload, ran_s)
+
+    async def _drained(self, workload: Workload) -> None:
+        """Wait until all output is in the log and with the clients."""
+        attachment, workload.attachment = workload.attachment, None
+        if attachment is not None:
+            # "exited" says just that; anything else ends earlier.
+            await asyncio.wait((attachment,))
+            failed = attachment.cancelled() or attachment.exception() is not None
+            if not failed and attachment.result() == "exited":
+                return
+        with contextlib.suppress(BulkheadError):
+            await self._engine.processes.keeper.drained(workload.id)
 
     def _write_end(self, workload: Workload, status: int | None, finished_ns: int) -> None:
         record = workload.record

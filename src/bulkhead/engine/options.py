@@ -91,7 +91,7 @@ def _memory(r: body.Resources, warnings: list[str]) -> None:
 
 
 def _cpu(r: body.Resources) -> None:
-    available = os.cpu_count() or 1
+    available = (os.cpu_count() or 1) if r.nano_cpus or r.cpuset_cpus else 1
     if r.nano_cpus:
         if r.cpu_period or r.cpu_quota:
             other = "Period" if r.cpu_period else "Quota"

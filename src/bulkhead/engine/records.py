@@ -6,6 +6,7 @@ loop; `Workload.lock` orders the operations of one workload.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,8 @@ class Workload:
         self.execs: dict[str, Any] = {}
         self.settings: dict[str, Any] | None = None
         self.attached = 0
+        self.attachment: asyncio.Future[str] | None = None
+        """The keeper's answer to the attachment that this run began with."""
         self.cleaned: asyncio.Event = asyncio.Event()
         self.cleaned.set()
 
@@ -145,6 +148,8 @@ class Workloads:
         self._database = database
         self._by_id: dict[str, Workload] = {}
         self._names: dict[str, str] = {}
+        self._discarded: list[str] = []
+        """Forgotten, but still in the database."""
 
     def load(self) -> None:
         """Read every record."""
@@ -196,7 +201,7 @@ class Workloads:
         """Write a new one; one commit."""
         record = workload.record
         self.check_name(record.name)
-        with self._database.transaction(durable=record.durable):
+        with self._writing(record.durable):
             self._database.execute(
                 "INSERT INTO workloads VALUES (?,?,?,?)",
                 record.id,
@@ -212,7 +217,7 @@ class Workloads:
         record = workload.record
         if record.id not in self._by_id:
             return
-        with self._database.transaction(durable=record.durable if durable is None else durable):
+        with self._writing(record.durable if durable is None else durable):
             self._database.execute(
                 "UPDATE workloads SET name=?, status=?, document=? WHERE id=?",
                 record.name,
@@ -230,13 +235,33 @@ class Workloads:
         self.save(workload)
 
     def discard(self, workload: Workload) -> None:
-        """Forget it; the last step of its removal."""
+        """Forget it; the last step of its removal.
+
+        A record that need not survive a loss of power stays in the database until `flush`: an
+        engine that finds it there removes it as if its workload had just ended.
+        """
         record = workload.record
-        with self._database.transaction(durable=record.durable):
-            self._database.execute("DELETE FROM workloads WHERE id=?", record.id)
+        self._discarded.append(record.id)
+        if record.durable:
+            self.flush(durable=True)
         self._by_id.pop(record.id, None)
         if self._names.get(record.name) == record.id:
             del self._names[record.name]
+
+    def flush(self, *, durable: bool = False) -> None:
+        """Delete from the database what was discarded."""
+        if self._discarded:
+            with self._writing(durable):
+                pass
+
+    @contextlib.contextmanager
+    def _writing(self, durable: bool) -> Iterator[None]:
+        """A transaction, in which what was discarded is deleted first."""
+        with self._database.transaction(durable=durable):
+            for identity in self._discarded:
+                self._database.execute("DELETE FROM workloads WHERE id=?", identity)
+            yield
+        self._discarded.clear()
 
     def names(self) -> dict[str, str]:
         """Ids by name; not to be changed."""

@@ -70,6 +70,7 @@ class Removal:
         """Step 3, with the anonymous volumes if asked for; its name is free afterwards."""
         engine, record = self._engine, workload.record
         engine.workloads.discard(workload)
+        engine.spares.reconcile()
         if volumes:
             for point in record.mounts:
                 if point.anonymous and point.name in engine.volumes:
@@ -78,6 +79,7 @@ class Removal:
 
     async def erase(self, workload: Workload) -> None:
         """Step 4."""
+        self._engine.workloads.flush()
         paths = self.paths(workload)
         try:
             for path in [path for path in paths if not delete_small(path)]:

@@ -148,6 +148,7 @@ async def run(engine: Engine, params: Run, call: Call) -> dict[str, Any]:
             workload.id, stdin=stdin, stdout=stdout, stderr=stderr, detach_keys=keys
         ) as attached:
             engine.events.emit("container", "attach", workload.id, attributes(workload))
+            workload.attachment = attached
             await _start_or_remove(engine, workload, params)
             call.send({"Started": True})
             reason = await attached

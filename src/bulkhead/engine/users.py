@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from bulkhead.errors import Invalid
 from bulkhead.linux import openat2
@@ -54,6 +55,11 @@ def _id(text: str, what: str) -> int:
 
 def resolve(user: str, accounts: Accounts, group_add: Sequence[str] = ()) -> Identity:
     """The ids of `user` ("" is root); Invalid in Docker's words for unknown names."""
+    return _resolve(user, accounts, tuple(group_add))
+
+
+@lru_cache(maxsize=64)
+def _resolve(user: str, accounts: Accounts, group_add: tuple[str, ...]) -> Identity:
     name, _, group = user.partition(":")
     passwd = [row for row in _rows(accounts.passwd, 4) if row[2].isdigit() and row[3].isdigit()]
     groups = [row for row in _rows(accounts.group, 3) if row[2].isdigit()]

@@ -5,6 +5,7 @@ Pure, but for `held()`, which asks the kernel what this process may give away at
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 from bulkhead.errors import Invalid, Unsupported
 from bulkhead.linux import capabilities as kernel
@@ -56,8 +57,12 @@ class Plan:
         }
 
 
+@cache
 def held() -> frozenset[str]:
-    """The capabilities this process can give away: permitted, bounding, and known by name."""
+    """The capabilities this process can give away: permitted, bounding, and known by name.
+
+    Looked up once: this process gives none of them up.
+    """
     own = kernel.of_process()
     known = (1 << len(kernel.NAMES)) - 1
     return frozenset(kernel.names(own.permitted & own.bounding & known))

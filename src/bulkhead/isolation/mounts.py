@@ -279,7 +279,7 @@ def plan_cgroup_v1(tree: Tree, mount: Mount, views: Sequence[tuple[str, Argument
         program.call(shown, "mkdirat", base, name, 0o755)
         view = program.call(shown, "open_tree", kernel.AT_FDCWD, path, flags)
         program.call(shown, "move_mount", view, "", base, name, kernel.MOVE_MOUNT_F_EMPTY_PATH)
-    for alias, target in sorted(_aliases([name for name, _ in views]).items()):
+    for alias, target in sorted(aliases([name for name, _ in views]).items()):
         program.call(f"name cgroup {alias}", "symlinkat", target, base, alias)
     if options.attributes:
         plan_attributes(
@@ -288,6 +288,6 @@ def plan_cgroup_v1(tree: Tree, mount: Mount, views: Sequence[tuple[str, Argument
     tree.covered(mount.destination)
 
 
-def _aliases(names: Sequence[str]) -> dict[str, str]:
+def aliases(names: Sequence[str]) -> dict[str, str]:
     """Single names of hierarchies that hold several controllers ("cpu" of "cpu,cpuacct")."""
     return {part: name for name in names if "," in name for part in name.split(",")}

@@ -161,20 +161,19 @@ class KeeperClient:
         lent = [(fd, bit) for fd, bit in bits if fd is not None]
         flags = sum(bit for _, bit in lent) | (Wire.WAIT if wait else 0)
         keys = detach_keys if stdin is not None else b""
-        sent = asyncio.Event()
-        task = asyncio.get_running_loop().create_task(
-            self._request(
-                Wire.ATTACH,
-                flags,
-                len(keys),
-                keys + identity.encode(),
-                [fd for fd, _ in lent],
-                on_sent=sent.set,
-            )
+        sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        request = self._request(
+            Wire.ATTACH,
+            flags,
+            len(keys),
+            keys + identity.encode(),
+            [fd for fd, _ in lent],
+            on_sent=lambda: _resolve(sent),
         )
+        task = asyncio.get_running_loop().create_task(request)
         try:
-            task.add_done_callback(lambda _: sent.set())
-            await sent.wait()
+            task.add_done_callback(lambda _: _resolve(sent))
+            await sent
             yield task
         finally:
             if not task.done():
@@ -214,12 +213,12 @@ class KeeperClient:
     ) -> str:
         """Ask until an answer has come, over as many keepers as it takes."""
         while True:
-            sock = await self._connect()
+            sock = self._sock or await self._connect()
             self._number = number = (self._number + 1) & 0xFFFFFFFF
             future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
             packet = Wire.HEAD.pack(kind, number, a, b) + body
             try:
-                if not await self._send(sock, packet, fds or []):
+                if not (self._try_send(sock, packet, fds) or await self._send(sock, packet, fds)):
                     continue
                 self._pending[number] = future
                 on_sent()
@@ -268,7 +267,20 @@ class KeeperClient:
             return None
         return sock
 
-    async def _send(self, sock: socket.socket, packet: bytes, fds: list[int]) -> bool:
+    def _try_send(self, sock: socket.socket, packet: bytes, fds: list[int] | None) -> bool:
+        """Send at once if nobody waits for room; False if that did not work."""
+        if self._sending.locked() or self._sock is not sock:
+            return False
+        try:
+            if fds:
+                socket.send_fds(sock, [packet], fds, socket.MSG_NOSIGNAL)
+            else:
+                sock.send(packet, socket.MSG_NOSIGNAL)
+        except OSError:
+            return False
+        return True
+
+    async def _send(self, sock: socket.socket, packet: bytes, fds: list[int] | None) -> bool:
         async with self._sending:
             while self._sock is sock:
                 try:
@@ -310,6 +322,11 @@ class KeeperClient:
         for future in pending.values():
             if not future.done():
                 future.set_exception(_Lost())
+
+
+def _resolve(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class _Lost(Exception):

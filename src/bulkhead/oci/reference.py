@@ -7,6 +7,7 @@ letter; otherwise the domain is docker.io, and a single component is put below "
 
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from bulkhead.errors import Invalid
 from bulkhead.oci.digest import check
@@ -102,6 +103,7 @@ def _split_domain(text: str) -> tuple[str, str]:
     return domain, path
 
 
+@lru_cache(maxsize=1024)
 def parse(text: str) -> Reference:
     """The reference that `text` means to docker; Invalid, in docker's words, if it means none."""
     if _IDENTIFIER.match(text):

@@ -35,6 +35,7 @@ class Database:
         self.path = path
         self._depth = 0
         self._durable = True
+        self._flushing = True
         try:
             self._connection = sqlite3.connect(
                 path, isolation_level=None, cached_statements=256, timeout=5.0
@@ -84,7 +85,7 @@ class Database:
         return int(version)
 
     def execute(self, sql: str, *values: object) -> sqlite3.Cursor:
-        """Run one statement; on its own it is a transaction of its own."""
+        """Run one statement; what writes belongs into a `transaction`."""
         return self._connection.execute(sql, values)
 
     @contextlib.contextmanager
@@ -102,9 +103,12 @@ class Database:
             finally:
                 self._depth -= 1
             return
-        if not durable:
-            # Refused by SQLite within a transaction, hence around it.
-            self._connection.execute("PRAGMA synchronous=NORMAL")
+        if durable != self._flushing:
+            # Refused by SQLite within a transaction, hence before it. With WAL, commits that are
+            # not flushed are flushed by the next one that is.
+            level = "FULL" if durable else "NORMAL"
+            self._connection.execute(f"PRAGMA synchronous={level}")
+            self._flushing = durable
         self._connection.execute("BEGIN IMMEDIATE")
         self._depth, self._durable = 1, durable
         try:
@@ -116,8 +120,6 @@ class Database:
             self._connection.execute("COMMIT")
         finally:
             self._depth = 0
-            if not durable:
-                self._connection.execute("PRAGMA synchronous=FULL")
 
     def documents(self, kind: str) -> "Documents":
         """The documents of one kind."""

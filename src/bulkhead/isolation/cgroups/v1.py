@@ -429,9 +429,10 @@ class GroupV1(Group):
             return 0
         folder = self._folder("memory")
         # Not hierarchical in v1: groups that the workload made below count too.
+        below = files.folders(folder) if _has_children(folder) else (folder,)
         return sum(
             files.flat(files.get_or(f"{place}/memory.oom_control", "")).get("oom_kill", 0)
-            for place in files.folders(folder)
+            for place in below
         )
 
     def memory_limit(self) -> int | None:
@@ -482,6 +483,13 @@ _SHOWN = (
     "blkio.throttle.write_iops_device",
     "net_cls.classid",
 )
+
+
+def _has_children(folder: str) -> bool:
+    try:
+        return os.stat(folder).st_nlink > 2
+    except FileNotFoundError:
+        return False
 
 
 def _swap_in_use() -> bool:

@@ -1,0 +1,132 @@
+"""Ids with directories and control groups that no workload has yet, for the starts to come.
+
+Made by a thread after a start, while the engine waits for the holder. Nothing is
+recorded of them: what a killed engine leaves belongs to no record, so the next one removes it.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+from typing import TYPE_CHECKING
+
+from bulkhead.boundary.seam import Boundary, Stocking
+from bulkhead.engine import body, launching, names, specgen_limits
+from bulkhead.engine.janitor import Janitor
+from bulkhead.engine.trees import delete_small
+from bulkhead.errors import BulkheadError
+from bulkhead.oci.runtime import Resources
+
+if TYPE_CHECKING:
+    from bulkhead.engine.core import Engine
+
+log = logging.getLogger("bulkhead.engine")
+
+KEPT = 4
+IDLE_S = 10.0
+"""How long they are kept after the last start."""
+_BOUNDARY = "container"
+
+
+class Spares:
+    """The reserve. Methods are for the loop's thread."""
+
+    def __init__(self, engine: "Engine") -> None:
+        self._engine = engine
+        self._maker = Janitor(engine.loop, "spares")
+        self._ready: list[str] = []
+        self._out: set[str] = set()
+        """Taken, but not started yet."""
+        self._coming = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._refused = False
+
+    def take(self) -> str:
+        """An id with what belongs to it, "" if there is none."""
+        if not self._ready:
+            return ""
+        identity = self._ready.pop()
+        self._out.add(identity)
+        return identity
+
+    def used(self, identity: str) -> None:
+        """Its workload has what was ready for it, or does without."""
+        self._out.discard(identity)
+
+    def refill(self) -> None:
+        """Order what lacks. To be called after a start."""
+        engine = self._engine
+        if engine.closing or self._refused:
+            return
+        self.reconcile()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = engine.loop.call_later(IDLE_S, self.drop)
+        while len(self._ready) + self._coming < KEPT:
+            self._coming += 1
+            identity = names.new_id()
+            path = f"{engine.cgroup_parent}/{identity}"
+            boundary = engine.boundary(_BOUNDARY)
+            made = self._maker.submit(functools.partial(self._make, boundary, identity, path))
+            made.add_done_callback(functools.partial(self._made, identity))
+
+    def reconcile(self) -> None:
+        """Remove what was taken for workloads that came to nothing, or are gone unstarted."""
+        for identity in [one for one in self._out if self._engine.workloads.by_id(one) is None]:
+            self._out.discard(identity)
+            self._remove(identity)
+
+    def _make(self, boundary: Boundary, identity: str, path: str) -> None:
+        launching.make_directories(self._engine.home, identity)
+        if isinstance(boundary, Stocking):
+            boundary.stock(identity, path, _resources())
+
+    def _made(self, identity: str, future: "asyncio.Future[None]") -> None:
+        self._coming -= 1
+        if future.exception() is None and not self._engine.closing:
+            self._ready.append(identity)
+            return
+        if future.exception() is not None:
+            # A start meets the same error, with a name to it.
+            log.warning("no spare control groups from now on: %s", future.exception())
+            self._refused = True
+        self._remove(identity)
+
+    def drop(self) -> None:
+        """Remove them all."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        everything = [*self._ready, *self._out]
+        self._ready.clear()
+        self._out.clear()
+        for identity in everything:
+            self._remove(identity)
+
+    def _remove(self, identity: str) -> None:
+        boundary = self._engine.boundary(_BOUNDARY)
+        owned = self._engine.workloads.by_id(identity) is not None
+        self._maker.submit(functools.partial(self._unmake, boundary, identity, owned=owned))
+
+    def _unmake(self, boundary: Boundary, identity: str, *, owned: bool) -> None:
+        home = self._engine.home
+        if isinstance(boundary, Stocking):
+            with contextlib.suppress(BulkheadError):
+                boundary.unstock(identity)
+        if not owned:
+            for path in (home.workload(identity), home.workload_run(identity)):
+                delete_small(path)
+
+    async def close(self) -> None:
+        """Remove them and end the thread; the engine is closing, so that no more are made."""
+        while self._coming:
+            await asyncio.sleep(0.001)
+        self.drop()
+        self._maker.close()
+
+
+@functools.cache
+def _resources() -> Resources:
+    """What a workload gets that asks for nothing."""
+    plain = body.HostConfig()
+    return specgen_limits.resources(plain, specgen_limits.devices(plain)[1])
