@@ -74,6 +74,10 @@ class GuestBoundary(ABC):
     def prepare(self, bundle: Bundle, *, terminal: bool) -> Prepared:
         """Disks, kernel, root of the jail, command line; runs in a thread."""
 
+    async def ready(self, bundle: Bundle) -> None:
+        """What a start of `bundle` needs and no thread can make; before `prepare`."""
+        return
+
     async def create(self, bundle: Bundle) -> "Guest":
         """Make the control group of a workload; nothing runs yet."""
         return Guest(self, bundle, await self.container.create(self._inner(bundle)))
@@ -104,6 +108,7 @@ class Guest:
     async def start(self, stdio: Stdio) -> Launched:
         """Boot the guest and run the configured process in it."""
         bundle, uid = self.bundle, jail.uid_of(self.bundle.id)
+        await self.boundary.ready(bundle)
         prepared = await asyncio.to_thread(
             lambda: self.boundary.prepare(bundle, terminal=stdio.terminal)
         )

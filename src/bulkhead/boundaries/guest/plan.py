@@ -105,6 +105,8 @@ class Machine:
     """Of the writable disk; "" for a root of layers that is read-only (two layers at least)."""
     modules: tuple[str, ...] = ()
     """Files in the initramfs, in the order in which they are to be loaded."""
+    devices: tuple[tuple[str, str], ...] = ()
+    """(driver, device) on the virtio bus, to be bound in this order: in clones (vmm/templates)."""
     interfaces: tuple[str, ...] = ()
     """The kernel's names of the network interfaces, in the order of `Bundle.nics`."""
     sources: Mapping[int, Source] = field(default_factory=dict)
@@ -372,6 +374,9 @@ def _setup(
         )
         program.call(f"load module {path}", "finit_module", fd, "", 0, ok=(errno.EEXIST,))
         program.call("close", "close", fd)
+    for driver, device in machine.devices:
+        path = f"/sys/bus/virtio/drivers/{driver}/bind"
+        program.write(f"use {device} as {driver}", AT_FDCWD, path, device)
     _plan_disks(program, machine, sources)
     if machine.cgroups:
         _plan_group(program, bundle.spec)

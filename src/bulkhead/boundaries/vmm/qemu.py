@@ -41,7 +41,7 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A network card on a tap device; with or without headers, which QEMU asks the device."""
+    """A network card on a tap device (-1: on nothing), which tells QEMU whether it has headers."""
 
     tap_fd: int
     mac: str
@@ -89,11 +89,11 @@ def argv(machine: Machine) -> list[str]:
     words += ["-device", f"virtio-serial-device,max_ports=2,{_bus(0)}"]
     words += ["-device", f"virtserialport,chardev=channel,name={PORT}"]
     for number, card in enumerate(machine.cards):
-        words += ["-netdev", f"tap,id=net{number},fd={card.tap_fd}"]
-        words += [
-            "-device",
-            f"virtio-net-device,netdev=net{number},mac={card.mac},{_bus(1 + number)}",
-        ]
+        device = f"virtio-net-device,mac={card.mac},{_bus(1 + number)}"
+        if card.tap_fd >= 0:
+            words += ["-netdev", f"tap,id=net{number},fd={card.tap_fd}"]
+            device += f",netdev=net{number}"
+        words += ["-device", device]
     for place in range(max(len(machine.disks), machine.placeholders)):
         words += _disk(machine, place)
     if machine.control_fd >= 0:
