@@ -9,16 +9,21 @@ that no socket of ours keeps a dead network namespace alive.
 Messages: {"op": "set", "id", "record", "roles": [...]} with one descriptor per role, which is
 "udp", "tcp" or a port's `port_role`; {"op": "started", "id", "pid"}; {"op": "drop", "id"};
 {"op": "sync"}, answered by {"ok": N} with the number of workloads served.
+
+`<run>/network/helper.lock` is flock(2)ed by the living helper, whose pid is in it. If the holder is
+killed, its helper serves on until the next one, which ends it, or until it serves nobody.
 """
 
 import array
 import contextlib
+import fcntl
 import json
 import os
 import resource
 import signal
 import socket
 import sys
+import time
 from typing import Any
 
 from bulkhead.network.loop import READ, Loop
@@ -50,6 +55,7 @@ class Helper:
         self._resolver = Resolver(self.loop, self._names)
         self._relay = Relay(self.loop)
         self._served: dict[str, Served] = {}
+        self._orphan = False
 
     # -- workloads
 
@@ -126,6 +132,48 @@ class Helper:
             self._resolver.close(served.asker)
         for door in served.doors.values():
             self._relay.close(door)
+        self._end_if_useless()
+
+    # -- the holder
+
+    def follow(self, parent: int) -> None:
+        """Once the parent process has ended, end as soon as nobody is served."""
+        try:
+            pidfd = os.pidfd_open(parent)
+        except ProcessLookupError:
+            self.loop.later(0.0, self._orphaned)
+            return
+
+        def ended(_: int) -> None:
+            self.loop.forget(pidfd)
+            os.close(pidfd)
+            self._orphaned()
+
+        self.loop.watch(pidfd, READ, ended)
+
+    def _orphaned(self) -> None:
+        self._orphan = True
+        self._end_if_useless()
+
+    def _end_if_useless(self) -> None:
+        if self._orphan and not self._served:
+            self.loop.stop()
+
+    def replace(self) -> None:
+        """Be the only one: end the helper that a killed holder left."""
+        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        lock = os.open(f"{self._directory}/helper.lock", flags, 0o600)
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                with contextlib.suppress(OSError, ValueError):
+                    _end(int(os.pread(lock, 32, 0)), self._directory.removesuffix("/network"))
+                time.sleep(0.01)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
 
     # -- after a crash
 
@@ -288,15 +336,30 @@ def _bind(port: dict[str, Any]) -> socket.socket | None:
     return made
 
 
+def _end(pid: int, run: str) -> None:
+    """SIGTERM, if that process is a helper of this run directory."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = file.read().split(b"\0")
+        if run.encode() in words and any(b"bulkhead.network.helper" in word for word in words):
+            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+    finally:
+        os.close(pidfd)
+
+
 def main(run: str) -> None:
     """Serve until SIGTERM."""
+    parent = os.getppid()
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     helper = Helper(run)
+    helper.replace()
     helper.recover()
     helper.listen()
+    helper.follow(parent)
     helper.loop.run()
 
 
