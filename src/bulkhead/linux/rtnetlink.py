@@ -120,12 +120,12 @@ def add_veth(
     return made
 
 
-def isolate_port(name: str) -> Message:
-    """Let bridge port `name` talk to the bridge itself but to no other isolated port."""
+def isolate_port(name: str, *, isolated: bool = True) -> Message:
+    """Let bridge port `name` talk to the bridge itself but (not) to other isolated ports."""
     data = nested(
         _IFLA_LINKINFO,
         text(_INFO_SLAVE_KIND, "bridge"),
-        nested(_INFO_SLAVE_DATA, u8(_BRPORT_ISOLATED, 1)),
+        nested(_INFO_SLAVE_DATA, u8(_BRPORT_ISOLATED, int(isolated))),
     )
     return Message(
         _NEWLINK, 0, _link(0, 0, 0, text(_IFLA_IFNAME, name), data), f"isolate bridge port {name}"

@@ -35,6 +35,12 @@ def write(key: str, value: str) -> None:
         os.close(fd)
 
 
+def bridges_are_filtered() -> bool:
+    """Whether frames that stay on a bridge pass the firewall's IP chains too (br_netfilter)."""
+    keys = ("bridge/bridge-nf-call-iptables", "bridge/bridge-nf-call-ip6tables")
+    return all(read(key) == "1" for key in keys)
+
+
 class HostSettings:
     """What we changed on this host."""
 

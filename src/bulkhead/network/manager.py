@@ -18,7 +18,7 @@ from bulkhead.linux import netns
 from bulkhead.linux import rtnetlink as rt
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.network import attached as shapes
-from bulkhead.network import doctor, files, inner, ports
+from bulkhead.network import doctor, files, host, inner, ports
 from bulkhead.network.attached import Attached, Records
 from bulkhead.network.bridges import DOCKER_EACH_S, Bridges, Endpoint
 from bulkhead.network.catalog import NO_FILTERS, Catalog, DocumentStore
@@ -241,7 +241,12 @@ class NetworkManager:
             endpoint = active.endpoints[request.workload_id]
             address = endpoint.ipv4 if version == 4 else endpoint.ipv6
             made.publishing[str(version)] = address
-            self._bridges.route.transact([rt.hairpin_port(endpoint.host_name)])
+            messages = [rt.hairpin_port(endpoint.host_name)]
+            if not active.network.icc and host.bridges_are_filtered():
+                # Redirected frames then never leave the bridge; who may send is decided by our
+                # chains, which see all of them.
+                messages.append(rt.isolate_port(endpoint.host_name, isolated=False))
+            self._bridges.route.transact(messages)
         redirects = shapes.redirects(made)
         self._bridges.publish(redirects)
         undo.callback(self._bridges.unpublish, redirects)
