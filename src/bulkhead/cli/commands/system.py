@@ -59,8 +59,10 @@ def shutdown(context: Context, parsed: Parsed) -> int:
     from bulkhead.cli.pyclient import stop_server
     from bulkhead.client.start import connect
 
+    # After a kill or a stop of the engine alone, only another one can end what runs on.
+    left = any(os.path.exists(context.home.in_run(f"{name}.sock")) for name in ("engine", "holder"))
     try:
-        connection = connect(context.home, start=False)
+        connection = connect(context.home, start=left)
     except Unavailable:
         context.err("the engine does not run")
     else:
