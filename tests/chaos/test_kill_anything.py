@@ -72,7 +72,6 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
         registry.publish("1", made)
         here.load_busybox(tmp_path)
         yield Lab(here, registry, made)
-        here.cli("ps").ok()  # an engine that runs, to be shut down
 
 
 # Each prepares a state and says which command is to be killed in the middle.
