@@ -87,7 +87,10 @@ class Monitor:
         with connection:
             connection.settimeout(DEADLINE_S)
             (frame,) = Decoder().feed(connection.recv(1 << 17))
-            return frame
+        if frame.type == frames.Type.FAILED:
+            self.process.wait(DEADLINE_S)
+            print("the monitor's detail:", self.detail())
+        return frame
 
     def wait(self, stdin: bytes | None = None) -> tuple[int, bytes, bytes]:
         """Its exit code and what came out."""
