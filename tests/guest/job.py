@@ -10,6 +10,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TAIL = 60
+SCALE = 0.1
+"""Guests are slow: counts that scale are a tenth."""
+HANG_S = 240
+"""After so long in one test the guest writes every thread's stack into its output."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +27,17 @@ class Result:
 
 
 def script(tests: Sequence[str], python: str, exchange: str, timeout_s: int) -> str:
-    """The shell script of a job; it leaves report, output and code in `exchange` of the guest."""
+    """The shell script of a job; it leaves report, output and code in `exchange` of the guest.
+
+    Each test's name goes to the console when it begins and when it has ended: if the guest hangs,
+    that is all there is.
+    """
     words = " ".join(shlex.quote(test) for test in tests)
     return f"""
 export PYTHONDONTWRITEBYTECODE=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
-export BULKHEAD_GUEST=1 BULKHEAD_GUEST_REPORT={exchange}/report
-timeout {timeout_s} {python} -m pytest -q -p tests.guest.inside.reporter {words} \\
-    >{exchange}/output 2>&1 </dev/null
+export BULKHEAD_TEST_SCALE={SCALE} BULKHEAD_GUEST=1 BULKHEAD_GUEST_REPORT={exchange}/report
+timeout {timeout_s} {python} -m pytest -q -p tests.guest.inside.reporter \\
+    -o faulthandler_timeout={HANG_S} {words} 3>&1 >{exchange}/output 2>&1 </dev/null
 echo $? >{exchange}/code
 tail -n 15 {exchange}/output
 """

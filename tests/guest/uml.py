@@ -7,6 +7,7 @@ The exchange folder, `job.sh` going in and the results coming out, is a second h
 UML has no cpuset, io or hugetlb controllers and no 32-bit calls; it is one processor.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -29,7 +30,16 @@ def missing() -> str:
     return ""
 
 
-def run(tests: Sequence[str], folder: Path, *, memory_mib: int = 768, timeout_s: int = 300) -> str:
+def _memory(folder: Path, mib: int) -> str:
+    """Where the guest's memory is a nameless file: in the host's, if there is room."""
+    with contextlib.suppress(OSError):
+        space = os.statvfs("/dev/shm")
+        if space.f_bavail * space.f_frsize > 2 * mib << 20:
+            return "/dev/shm"
+    return str(folder)
+
+
+def run(tests: Sequence[str], folder: Path, *, memory_mib: int = 768, timeout_s: int = 900) -> str:
     """Boot, run `tests`, end; returns the console's log. Results are in `folder`/exchange.
 
     `timeout_s` bounds the whole; the guest is killed then.
@@ -52,7 +62,11 @@ def run(tests: Sequence[str], folder: Path, *, memory_mib: int = 768, timeout_s:
             stdout=console,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={"PATH": os.environ["PATH"], "TMPDIR": str(folder), "HOME": str(folder)},
+            env={
+                "PATH": os.environ["PATH"],
+                "TMPDIR": _memory(folder, memory_mib),
+                "HOME": str(folder),
+            },
         )
         try:
             process.wait(timeout=timeout_s)
