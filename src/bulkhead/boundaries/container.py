@@ -29,7 +29,7 @@ from bulkhead.boundary.seam import (
     Rootfs,
     Stdio,
 )
-from bulkhead.errors import Conflict, Invalid, LaunchFailed, NotFound, Unsupported
+from bulkhead.errors import Conflict, Denied, Invalid, LaunchFailed, NotFound, Unsupported
 from bulkhead.isolation import idmap, mounts, namespaces
 from bulkhead.isolation import rootfs as root_plan
 from bulkhead.isolation.cgroups import manager as cgroups
@@ -385,7 +385,12 @@ class Container:
             return
         if not self._running():
             raise NotFound(f"container {self.bundle.id} is not running")
-        await self.boundary.launcher.signal(self.bundle.id, signal)
+        try:
+            await self.boundary.launcher.signal(self.bundle.id, signal)
+        except Denied:
+            if signal != SIGKILL or cgroups.detect().version == 1:
+                raise
+            await asyncio.to_thread(self.group.kill)  # cgroup.kill asks no security module
 
     async def delete(self, *, force: bool = False) -> None:
         """Remove the control group; with `force` kill what is still in it."""

@@ -23,6 +23,7 @@ from bulkhead.boundary.seam import Launched, LaunchRequest
 from bulkhead.errors import (
     BulkheadError,
     Conflict,
+    Denied,
     Internal,
     Invalid,
     NotFound,
@@ -470,10 +471,15 @@ class HolderClient:
             self._pending.pop(seq, None)
 
     async def signal(self, identity: str, signal: int) -> None:
-        """Send `signal`; NotFound when the process is gone."""
+        """Send `signal`; NotFound when the process is gone, Denied if its label forbids it."""
         error, text = await self._request(SIGNAL, signal, (identity.encode(),))
         if error in (errno.ENOENT, errno.ESRCH):
             raise NotFound(f"no process {identity} is running")
+        if error == errno.EPERM:
+            raise Denied(
+                f"signal {signal} to {identity}: a security module forbids it; an AppArmor profile"
+                " of a workload must allow `signal (receive) peer=unconfined`"
+            )
         _check(error, f"signal {signal} to {identity}: {text}")
 
     async def forget(self, identity: str) -> None:
