@@ -69,9 +69,28 @@ class Records:
     def __init__(self, home: Home) -> None:
         self._directory = home.in_run("network", "workloads")
         os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        self._with_pid = {
+            name.removesuffix(".pid")
+            for name in os.listdir(self._directory)
+            if name.endswith(".pid")
+        }
 
     def _path(self, workload_id: str, suffix: str) -> str:
         return f"{self._directory}/{workload_id}.{suffix}"
+
+    def write_first(self, attached: Attached) -> None:
+        """Keep it for the first time: nobody reads it before the workload has started."""
+        path = self._path(attached.request.workload_id, "json")
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            # From a launch that was cut off.
+            self.write(attached)
+            return
+        try:
+            os.write(fd, msgspec.json.encode(attached))
+        finally:
+            os.close(fd)
 
     def write(self, attached: Attached) -> None:
         """Keep it; what was kept before is replaced in one step."""
@@ -89,6 +108,7 @@ class Records:
     def write_pid(self, workload_id: str, pid: int) -> None:
         """Say in which process's namespace the workload is."""
         path = self._path(workload_id, "pid")
+        self._with_pid.add(workload_id)
         with open(path + ".new", "w", encoding="ascii") as file:
             file.write(f"{pid} {start_time(pid)}")
         os.rename(path + ".new", path)
@@ -103,9 +123,10 @@ class Records:
 
     def remove(self, workload_id: str) -> None:
         """Forget it; nothing there is fine."""
-        for suffix in ("json", "pid"):
+        for suffix in ("json", "pid") if workload_id in self._with_pid else ("json",):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path(workload_id, suffix))
+        self._with_pid.discard(workload_id)
 
     def known(self) -> set[str]:
         """The ids of workloads with a file of any kind."""

@@ -150,7 +150,7 @@ class NetworkManager:
             self._namespaces[request.workload_id] = bare.netns
             path = f"/proc/self/fd/{bare.netns.fileno()}"
         self._attached[request.workload_id] = made
-        self._records.write(made)
+        self._records.write_first(made)
         return self._attachment(made, path)
 
     def _prepare_shared(self, request: AttachRequest, target: str) -> Attachment:
@@ -165,7 +165,7 @@ class NetworkManager:
             raise Unsupported(f"the network of a virtual machine cannot be joined: {target}")
         made = Attached(request, "container", target=target)
         self._attached[request.workload_id] = made
-        self._records.write(made)
+        self._records.write_first(made)
         return self._attachment(made, f"/proc/{pid}/ns/net")
 
     def _prepare_bridged(self, request: AttachRequest) -> Attachment:
@@ -182,7 +182,7 @@ class NetworkManager:
                 self._publish(made, sockets, undo)
             if self._needs_resolver(made):
                 self._open_resolver(made, bare.netns.fileno(), sockets)
-            self._records.write(made)
+            self._records.write_first(made)
             undo.callback(self._records.remove, workload_id)
             if made.served:
                 undo.callback(self._link.drop, workload_id)
