@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +39,7 @@ def available_kib() -> int:
 
 def proportional_kib(here: Installation) -> dict[str, int]:
     """What each of our background processes holds, shared pages divided."""
-    found = {}
+    found: dict[str, int] = {}
     for part in PARTS:
         for pid in pids(here, part):
             for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -86,6 +85,4 @@ def test_many_idle_containers(here: Installation) -> None:
             print(f"all removed in {took:.1f} s: {COUNT / took:.0f} a second")
             assert await client.containers.list(everything=True) == []
 
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert files[0] >= 256, f"only {files[0]} files may be open"
     asyncio.run(main())
