@@ -2,17 +2,21 @@
 
 import contextlib
 import functools
+import os
+import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from bulkhead.errors import Conflict
 from bulkhead.linux import nftables as nft
 from bulkhead.linux import rtnetlink as rt
 from bulkhead.network import host
 from tests.helpers import engine_rig as rigs
 from tests.helpers.engine_rig import Rig
-from tests.helpers.network_lab import in_lab
+from tests.helpers.network_lab import ask, in_lab
 from tests.helpers.residue import residue
 from tests.helpers.waiting import until
 from tests.kernel.test_engine_run import REASON
@@ -126,3 +130,52 @@ def test_connecting_a_running_workload_changes_its_files(tmp_path: Path) -> None
         rig.call("network.disconnect", network="bridge", container="plain")
         assert left not in _content(rig, "plain", "/etc/hosts")
         assert left not in _content(rig, "beside", "/etc/hosts")
+
+
+def _serves(address: str, text: str) -> bool:
+    try:
+        return ask(address, 8080, 5.0).strip() == text
+    except OSError:
+        # nc(1) begins anew after each connection.
+        return False
+
+
+def _start_server(rig: Rig, name: str) -> None:
+    script = f"while true; do echo {name} | nc -l -p 80; done"
+    rigs.start(rig, name, script, PortBindings=PUBLISH)
+
+
+@in_lab
+def test_port_goes_from_one_workload_to_the_next(tmp_path: Path) -> None:
+    with _engine(tmp_path) as rig:
+        for number in range(4):
+            name = f"web{number}"
+            _start_server(rig, name)
+            for address in ("127.0.0.1", "::1"):
+                until(functools.partial(_serves, address, name), f"{name} serves at {address}")
+            rig.call("workload.restart", id=name, timeout_s=0)
+            until(functools.partial(_serves, "::1", name), f"{name} serves again")
+            rig.call("workload.remove", id=name, force=True)
+
+
+@in_lab
+def test_port_is_served_after_a_kill_of_the_helper(tmp_path: Path) -> None:
+    with _engine(tmp_path) as rig:
+        _start_server(rig, "web")
+        until(functools.partial(_serves, "::1", "web"), "it is served")
+        found = subprocess.run(
+            ["pgrep", "-f", f"network.helper .*{tmp_path}/run$"], capture_output=True, check=True
+        )
+        (pid,) = found.stdout.split()
+        os.kill(int(pid), signal.SIGKILL)
+        until(functools.partial(_serves, "::1", "web"), "it is served by the next helper")
+        rig.kill()
+        rig.start()
+        for address in ("127.0.0.1", "::1"):
+            until(functools.partial(_serves, address, "web"), f"it is served at {address}")
+        _start_server_conflicts(rig)
+
+
+def _start_server_conflicts(rig: Rig) -> None:
+    with pytest.raises(Conflict, match="port is already allocated"):
+        _start_server(rig, "second")
