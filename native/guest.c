@@ -32,6 +32,8 @@
 
 #define QUEUE_FULL (512u << 10) /* streams and FUSE wait while this much is to be sent */
 #define CHUNK 32768u
+#define NAMESPACES (CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWCGROUP \
+                    | CLONE_NEWUSER | CLONE_NEWTIME)
 
 struct process {
     uint32_t id, mode, rows, columns;
@@ -267,8 +269,8 @@ static void on_run(const struct frame *f, char *bytes, size_t size)
     processes = p;
     process_count++;
     p->progress = take_flight();
-    if (r.mode > MODE_TERMINAL || !p->progress)
-        problem = "unknown mode, or too many launches at once";
+    if (r.mode > MODE_TERMINAL || r.clone_flags & ~NAMESPACES || !p->progress)
+        problem = "unknown mode, flags other than namespaces, or too many launches at once";
     else if (!(problem = program_check(program, size - sizeof r, 4, !!(r.clone_flags & CLONE_NEWPID)))) {
         if (r.mode == MODE_PIPES)
             error = make_pipes(p, theirs);

@@ -85,13 +85,14 @@ class Guest:
         while view:
             readable, writable, _ = select.select([self.sock], [self.sock], [], 1.0)
             if readable:
-                self._receive()
+                self.receive()
             if writable:
                 view = view[self.sock.send(view) :]
             assert time.monotonic() < deadline, "the guest does not read"
         self.sock.setblocking(True)
 
-    def _receive(self) -> None:
+    def receive(self) -> None:
+        """Read what comes next from the channel."""
         data = self.sock.recv(1 << 16)
         self.ended |= not data
         self.frames += self.decoder.feed(data)
@@ -125,7 +126,7 @@ class Guest:
             left = deadline - time.monotonic()
             assert left > 0, f"no {kind.name} of {identity}; there came {self.seen()}"
             if select.select([self.sock], [], [], left)[0]:
-                self._receive()
+                self.receive()
 
     def output(self, identity: int, stream: int = 1) -> bytes:
         """What has come of an output stream."""

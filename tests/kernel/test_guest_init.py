@@ -162,12 +162,12 @@ def test_output_waits_for_credit() -> None:
     with Guest() as guest:
         guest.run(MAIN, simple("head", "-c", str(total), "/dev/zero"), Mode.PIPES)
         while len(guest.output(MAIN)) < frames.WINDOW:
-            guest._receive()
+            guest.receive()
         assert len(guest.output(MAIN)) == frames.WINDOW
         assert not guest.find(Type.EOF, MAIN)
         guest.send(frames.credit(MAIN, 1, 100_000))
         while len(guest.output(MAIN)) < frames.WINDOW + 100_000:
-            guest._receive()
+            guest.receive()
         guest.send(frames.credit(MAIN, 1, 150_000))
         assert guest.finish(MAIN) == 0
         assert len(guest.output(MAIN)) == total
@@ -178,7 +178,7 @@ def test_errors_are_not_held_up_by_output() -> None:
     with Guest() as guest:
         guest.run(MAIN, simple("sh", "-c", script), Mode.PIPES)
         while guest.output(MAIN, 2) != b"error\n" or len(guest.output(MAIN)) < frames.WINDOW:
-            guest._receive()
+            guest.receive()
         assert not guest.find(Type.EXITED, MAIN)
 
 
@@ -220,4 +220,44 @@ def test_shutdown_ends_everything() -> None:
         guest.wait_for(Type.STARTED, MAIN)
         guest.send(frames.shutdown(0, ["/no/such"]))
         while not guest.ended:
-            guest._receive()
+            guest.receive()
+
+
+FUSE_INIT, FUSE_GETATTR = 26, 3
+IN = struct.Struct("<IIQQIIII")
+
+
+def _reply(unique: int, body: bytes, error: int = 0) -> bytes:
+    return struct.pack("<IiQ", 16 + len(body), error, unique) + body
+
+
+def _answer(request: bytes) -> bytes:
+    """A file system of one directory, 4242 bytes long."""
+    _, opcode, unique, *_ = IN.unpack_from(request)
+    if opcode == FUSE_INIT:
+        head = struct.pack("<IIIIHHIIHHI", 7, 31, 65536, 0, 16, 12, 65536, 1, 16, 0, 0)
+        return _reply(unique, head.ljust(64, b"\0"))
+    if opcode == FUSE_GETATTR:
+        attributes = struct.pack("<QQQQQQIIIIIIIIII", 1, 4242, 8, *[0] * 6, 0o40755, 2, *[0] * 5)
+        return _reply(unique, struct.pack("<QII", 0, 0, 0) + attributes)
+    return _reply(unique, b"", -errno.ENOSYS)
+
+
+def test_files_come_over_the_channel(tmp_path: Path) -> None:
+    with Guest() as guest:
+        guest.send(frames.fuse_mount(100, str(tmp_path)))
+        guest.wait_for(Type.DONE, 100)
+        guest.run(MAIN, simple("stat", "-c", "%s %F", str(tmp_path)), Mode.PIPES)
+        while not guest.find(Type.EXITED, MAIN):
+            for request in guest.find(Type.FUSE, 100):
+                guest.frames.remove(request)
+                guest.send(frames.encode(Type.FUSE_REPLY, 100, 0, _answer(request.payload)))
+            guest.receive()
+        assert guest.finish(MAIN) == 0
+        assert guest.output(MAIN) == b"4242 directory\n"
+
+
+def test_a_mount_that_fails_is_told(tmp_path: Path) -> None:
+    with Guest() as guest:
+        guest.send(frames.fuse_mount(100, f"{tmp_path}/missing"))
+        assert guest.wait_for(Type.FAILED, 100).arg == errno.ENOENT
