@@ -122,14 +122,21 @@ class Installation:
 
     def processes(self) -> list[str]:
         """Command lines of what still runs on these directories (zombies aside)."""
-        found = []
+        return [" ".join(words) for words in self._commands().values()]
+
+    def pids(self, word: str) -> list[int]:
+        """Processes on these directories with `word` in their command lines."""
+        return [pid for pid, words in self._commands().items() if word in words]
+
+    def _commands(self) -> dict[int, list[str]]:
+        found = {}
         for entry in Path("/proc").iterdir():
             if not entry.name.isdecimal() or int(entry.name) == os.getpid():
                 continue
             with contextlib.suppress(OSError):
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                if any(str(self.run).encode() in word for word in words):
-                    found.append(b" ".join(words).decode(errors="replace"))
+                line = (entry / "cmdline").read_bytes().decode(errors="replace")
+                if any(str(self.run) in word for word in line.split("\0")):
+                    found[int(entry.name)] = line.split("\0")
         return found
 
 

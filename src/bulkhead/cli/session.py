@@ -61,7 +61,7 @@ class Session:
         target: tuple[str, str] | None = None,
     ) -> None:
         self._context = context
-        self._tty = tty
+        self.tty = tty
         self._stdin = stdin
         self._proxy = proxy and not tty
         self.target = target
@@ -84,7 +84,7 @@ class Session:
         wanted = FORWARDED
         with contextlib.ExitStack() as stack:
             signals = stack.enter_context(SignalPipe(wanted))
-            if self._tty and self._stdin and os.isatty(0):
+            if self.tty and self._stdin and os.isatty(0):
                 from bulkhead.cli.terminal import raw
 
                 stack.enter_context(raw(0))
@@ -127,7 +127,7 @@ class Session:
 
     def _signal(self, connection: "Connection", arrived: int) -> None:
         if arrived == signal.SIGWINCH:
-            if self._tty:
+            if self.tty:
                 self.resize(connection)
         elif not self._proxy:
             if arrived in (signal.SIGCONT, signal.SIGALRM):

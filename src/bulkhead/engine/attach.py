@@ -53,12 +53,14 @@ class Streams:
         stdin, stdout, stderr = (None if fd is None else int(fd) for fd in self._fds)
         return stdin, stdout, stderr
 
-    async def attach(self, engine: "Engine", identity: str, keys: bytes) -> str:
-        """Connect them; "exited", "detached" or "gone"."""
+    async def attach(
+        self, engine: "Engine", identity: str, keys: bytes, *, wait: bool = True
+    ) -> str:
+        """Connect them; "exited", "detached" or "gone"; `wait`: also to the next run."""
         stdin, stdout, stderr = self.lend()
         try:
             return await engine.processes.keeper.attach(
-                identity, stdin=stdin, stdout=stdout, stderr=stderr, detach_keys=keys
+                identity, stdin=stdin, stdout=stdout, stderr=stderr, detach_keys=keys, wait=wait
             )
         finally:
             self.close()

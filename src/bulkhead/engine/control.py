@@ -8,7 +8,7 @@ from bulkhead.boundary.seam import Pausable, Updatable
 from bulkhead.engine import body, merge, names, options, signals, specgen_limits
 from bulkhead.engine.launching import Start
 from bulkhead.engine.lifecycle import attributes
-from bulkhead.engine.records import Workload
+from bulkhead.engine.records import Record, Workload
 from bulkhead.errors import Conflict, Invalid, NotFound, Unsupported
 
 if TYPE_CHECKING:
@@ -177,6 +177,11 @@ class Control:
                 await asyncio.shield(workload.ended)
                 if record.status == "restarting":
                     break
+        return self.outcome(record)
+
+    @staticmethod
+    def outcome(record: Record) -> dict[str, Any]:
+        """What waiting for it answers."""
         result: dict[str, Any] = {"StatusCode": record.exit_code}
         if record.error:
             result["Error"] = {"Message": record.error}

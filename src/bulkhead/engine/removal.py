@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bulkhead.engine.lifecycle import attributes
 from bulkhead.engine.records import Workload
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from bulkhead.engine.core import Engine
 
 log = logging.getLogger("bulkhead.engine")
+_DEPARTED = 256
+"""How many ends of workloads with `--rm` are remembered for who waits for one of them late."""
 
 
 class Removal:
@@ -28,6 +30,11 @@ class Removal:
 
     def __init__(self, engine: "Engine") -> None:
         self._engine = engine
+        self._departed: dict[str, dict[str, Any]] = {}
+
+    def departed(self, identity: str) -> dict[str, Any] | None:
+        """How a workload with `--rm` ended that is gone; None if that is not known (any more)."""
+        return self._departed.get(identity)
 
     async def remove(self, workload: Workload, *, force: bool, volumes: bool) -> None:
         """Remove it; Conflict if it runs and `force` is not given."""
@@ -71,6 +78,10 @@ class Removal:
         engine, record = self._engine, workload.record
         engine.workloads.discard(workload)
         engine.spares.reconcile()
+        if record.host.auto_remove:
+            self._departed[record.id] = engine.control.outcome(record)
+            if len(self._departed) > _DEPARTED:
+                del self._departed[next(iter(self._departed))]
         if volumes:
             for point in record.mounts:
                 if point.anonymous and point.name in engine.volumes:

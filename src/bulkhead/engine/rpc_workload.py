@@ -49,6 +49,8 @@ class Attach(One, frozen=True):
     stderr: bool = False
     logs: bool = False
     detach_keys: str = ""
+    again: bool = False
+    """An engine before this one was lost: connect to that run or none, say how it ended."""
 
 
 class Resize(One, frozen=True):
@@ -188,14 +190,19 @@ async def _start_or_remove(engine: Engine, workload: Workload, params: Run) -> N
 @METHODS.method("workload.attach", Attach)
 async def attach(engine: Engine, params: Attach, call: Call) -> dict[str, Any]:
     """Connect streams to a running workload, or to the next run of one that does not run."""
+    departed = engine.removal.departed(params.id)
+    if departed is not None:
+        return {"Reason": "exited", **departed}
     workload = engine.workloads.find(params.id)
-    if workload.record.status == "paused":
+    if params.again and not workload.running:
+        return {"Reason": "exited", **engine.control.outcome(workload.record)}
+    if workload.record.status == "paused" and not params.again:
         raise Conflict(f"container {workload.id} is paused, unpause the container before attach")
     streams = Streams(call, (params.stdin, params.stdout, params.stderr))
     try:
         keys = detach_keys(params.detach_keys)
         engine.events.emit("container", "attach", workload.id, attributes(workload))
-        reason = await streams.attach(engine, workload.id, keys)
+        reason = await streams.attach(engine, workload.id, keys, wait=not params.again)
     finally:
         streams.close()
     if reason == "detached":

@@ -220,7 +220,7 @@ class Client:
             self._take(data, fds)
 
     def close(self) -> None:
-        """The engine is gone: drop its attachments; the workloads go on."""
+        """The engine is gone: its attachments end; output waits for them at the next engine."""
         if self._sock is None:
             return
         self._keeper.loop.unwatch(self._sock.fileno())
@@ -228,7 +228,7 @@ class Client:
         self._sock = None
         for workload, attachment, _ in list(self._attachments.values()):
             if workload is not None:
-                workload.detach(attachment, "gone")
+                workload.orphan(attachment)
             else:
                 attachment.finish(self._keeper.loop, "gone")
         self._attachments.clear()
@@ -437,7 +437,7 @@ class Keeper:
                 self._journal.finish()
         for workload in list(self.workloads.values()):
             if workload.held:
-                self.loop.after(REATTACH_S, workload.release_hold)
+                workload.hold(workload.held, REATTACH_S)
             else:
                 workload.begin()
         for identity in self._early_exits:

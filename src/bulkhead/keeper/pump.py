@@ -24,6 +24,8 @@ LINGER_S = 2.0
 """How long a process's output is awaited after its end if others hold it open; as Docker does."""
 REATTACH_S = 5.0
 """How long output waits for attachments that a dead keeper had."""
+ORPHAN_S = 30.0
+"""How long it waits for those of a dead engine, which somebody must start again first."""
 
 
 def private(fd: int, flags: int) -> int:
@@ -110,7 +112,8 @@ class Workload:
         self.lost_holder = False
         self.finished = False
         self.held = 0
-        """Output waits for so many attachments of a dead keeper to come back."""
+        """Output waits for so many attachments, of a dead keeper or engine, to come back."""
+        self._holds = 0
         self._close_kept = close_kept
         self._out: dict[int, int] = {}
         self._in = -1
@@ -418,8 +421,27 @@ class Workload:
             self.release_hold()
         self.refresh()
 
+    def hold(self, count: int, timeout_s: float) -> None:
+        """Let output wait until there are `count` attachments, but no longer than that."""
+        self.held = count
+        self._holds += 1
+        which = self._holds
+        self.loop.after(timeout_s, lambda: self.release_hold() if which == self._holds else None)
+
+    def orphan(self, attachment: Attachment) -> None:
+        """Disconnect a client whose engine is gone; output waits for it to come back.
+
+        What an only client has not taken yet is kept for it too.
+        """
+        if attachment in self.attachments and not self.finished:
+            if len(self.attachments) == 1:
+                for stream in (1, 2):
+                    self._backlog[stream] = attachment.pending[stream] + self._backlog[stream]
+            self.hold(max(self.held, len(self.attachments)), ORPHAN_S)
+        self.detach(attachment, "gone")
+
     def release_hold(self) -> None:
-        """The attachments of the last keeper are back, or late: go on."""
+        """The attachments that were lost are back, or late: go on."""
         if not self.held:
             return
         self.held = 0

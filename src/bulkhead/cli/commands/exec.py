@@ -12,7 +12,7 @@ from bulkhead.cli.session import (
     detach_keys,
     require_terminal,
 )
-from bulkhead.errors import Conflict
+from bulkhead.errors import Conflict, Unavailable
 
 
 def _exec_body(context: Context, parsed: Parsed) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def exec_command(context: Context, parsed: Parsed) -> int:
 
 def attach(context: Context, parsed: Parsed) -> int:
     """`bulkhead attach`: the container's exit code."""
-    from bulkhead.cli.commands.run import finish
+    from bulkhead.cli.commands.run import attach_again, finish
 
     found = context.call("workload.inspect", {"id": parsed.args[0]})
     state, config = found["State"], found["Config"]
@@ -105,6 +105,9 @@ def attach(context: Context, parsed: Parsed) -> int:
         )
     except Stopped as stop:
         return 128 + stop.number
+    except Unavailable as error:
+        keys = params.get("detach_keys", "")
+        result = attach_again(context, session, error, (stdin, True, not tty), keys)
     if result.get("Reason") == "detached":
         return 0
     if result.get("StatusCode") is None:

@@ -2,6 +2,8 @@
 
 import os
 import sys
+import time
+from collections.abc import Sequence
 from typing import Any
 
 from bulkhead.cli.body import create_body
@@ -10,6 +12,9 @@ from bulkhead.cli.options import Parsed, UsageError
 from bulkhead.cli.run_options import CREATE, RUN
 from bulkhead.cli.session import Session, Stopped, attached_fds, detach_keys, require_terminal
 from bulkhead.errors import BulkheadError, Conflict, NotFound, Unavailable
+
+_ATTEMPTS = 5
+"""How often an engine is looked for after one was lost."""
 
 
 def _pull(context: Context, image: str, parsed: Parsed, *, quiet: bool) -> None:
@@ -164,7 +169,9 @@ def _attached(context: Context, parsed: Parsed, params: dict[str, Any], fds: lis
     except Unavailable as error:
         if session.target is None:
             raise
-        result = wait_again(context, session, error)
+        result = attach_again(
+            context, session, error, params["attach"], params.get("detach_keys", "")
+        )
     return finish(context, result)
 
 
@@ -184,27 +191,56 @@ def finish(context: Context, result: dict[str, Any]) -> int:
     return int(code)
 
 
-def wait_again(context: Context, session: Session, error: BulkheadError) -> dict[str, Any]:
-    """The engine went away while the workload ran on, streams included: wait at a new engine.
+def _status(context: Context, identity: str) -> str:
+    """The workload's, from the engine that comes next; "" if it is gone (--rm)."""
+    for attempt in range(_ATTEMPTS):
+        context.close()
+        try:
+            found = context.call("workload.inspect", {"id": identity})
+            return str(found["State"]["Status"])
+        except NotFound:
+            break
+        except Unavailable:
+            # A process that is being killed may still accept, for a moment.
+            if attempt == _ATTEMPTS - 1:
+                raise
+            time.sleep(0.1 * (attempt + 1))
+    return ""
 
-    Says so; raises `error` if the workload had not begun.
+
+def attach_again(
+    context: Context,
+    session: Session,
+    error: BulkheadError,
+    attach: Sequence[bool],
+    keys: str = "",
+) -> dict[str, Any]:
+    """The engine went away while the workload runs on: connect to it again at the next engine.
+
+    The streams miss nothing if that does not take long (keeper/pump.py). Says what happened; raises
+    `error` if the workload had not begun.
     """
     assert session.target is not None
     identity = session.target[1]
-    context.close()
-    try:
-        found = context.call("workload.inspect", {"id": identity})
-        if found["State"]["Status"] == "created":
-            raise error
-    except NotFound:
-        pass  # --rm: its end is known to `wait` alone
+    if _status(context, identity) == "created":
+        raise error
     context.err(
-        f"bulkhead: the engine was lost and started again; container {identity[:12]} and its "
-        "streams are not affected; waiting for its end"
+        f"bulkhead: the engine was lost and started again; container {identity[:12]} goes on, "
+        "its output too"
     )
-    params = {"id": identity, "condition": "not-running"}
+    params: dict[str, Any] = dict(zip(("stdin", "stdout", "stderr"), attach, strict=True))
+    params.update({"id": identity, "again": True, "detach_keys": keys})
     try:
-        result: dict[str, Any] = session.run(context.engine, "workload.wait", params, [])
+        result: dict[str, Any] = session.run(
+            context.engine,
+            "workload.attach",
+            params,
+            attached_fds(*attach),
+            then=lambda: session.resize(context.engine) if session.tty else None,
+        )
+        if result.get("Reason") == "gone":
+            wanted = {"id": identity, "condition": "not-running"}
+            result = session.run(context.engine, "workload.wait", wanted, [])
     except Stopped as stop:
         return {"StatusCode": 128 + stop.number}
     except NotFound:

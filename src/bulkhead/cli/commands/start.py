@@ -4,7 +4,7 @@ from typing import Any
 
 from bulkhead.cli.command import Command, Context
 from bulkhead.cli.options import DETACH_KEYS, SIG_PROXY, Option, Parsed, UsageError
-from bulkhead.errors import Unsupported
+from bulkhead.errors import Unavailable, Unsupported
 
 
 def start(context: Context, parsed: Parsed) -> int:
@@ -24,7 +24,7 @@ def start(context: Context, parsed: Parsed) -> int:
 
 
 def _attached(context: Context, parsed: Parsed) -> int:
-    from bulkhead.cli.commands.run import finish
+    from bulkhead.cli.commands.run import attach_again, finish
     from bulkhead.cli.session import (
         Session,
         Stopped,
@@ -65,6 +65,9 @@ def _attached(context: Context, parsed: Parsed) -> int:
         )
     except Stopped as stop:
         return 128 + stop.number
+    except Unavailable as error:
+        keys = params.get("detach_keys", "")
+        result = attach_again(context, session, error, (stdin, True, stderr), keys)
     if result.get("Reason") == "detached":
         return 0
     if result.get("StatusCode") is None:
