@@ -4,18 +4,20 @@ Read from /proc/PID (proc(5)), the control groups' files and, where ptrace permi
 filter itself (PTRACE_SECCOMP_GET_FILTER); else the filter we compiled for it, said to be so.
 """
 
+import errno
 import os
 import socket
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from bulkhead.engine.records import Workload
-from bulkhead.errors import BulkheadError, Conflict
+from bulkhead.errors import Conflict
 from bulkhead.isolation.cgroups import manager as cgroups
 from bulkhead.isolation.seccomp import compile as seccomp_compile
 from bulkhead.isolation.seccomp import describe as seccomp_describe
 from bulkhead.linux import capabilities as caps
-from bulkhead.linux import namespaces, procfs
+from bulkhead.linux import namespaces, procfs, seccomp
 
 if TYPE_CHECKING:
     from bulkhead.engine.core import Engine
@@ -38,7 +40,7 @@ def view(engine: "Engine", workload: Workload) -> dict[str, Any]:
         "Namespaces": _namespaces(pid),
         "Ids": _ids(pid, status),
         "Capabilities": {name: _names(int(status.get(name, "0"), 16)) for name in _SETS},
-        "Seccomp": _seccomp(engine, workload, status),
+        "Seccomp": _seccomp(workload, status),
         "ControlGroups": _groups(engine, workload, pid),
         "Limits": _limits(pid),
         "Mounts": _mounts(pid),
@@ -101,18 +103,34 @@ def _ids(pid: int, status: dict[str, str]) -> dict[str, Any]:
     return found
 
 
-def _seccomp(engine: "Engine", workload: Workload, status: dict[str, str]) -> dict[str, Any]:
+def _seccomp(workload: Workload, status: dict[str, str]) -> dict[str, Any]:
     mode = _SECCOMP.get(status.get("Seccomp", "0"), "unknown")
     found: dict[str, Any] = {"Mode": mode, "Filters": status.get("Seccomp_filters", "")}
-    bundle = workload.bundle
-    if mode == "filter" and bundle is not None and bundle.spec.linux.seccomp is not None:
-        try:
-            compiled = seccomp_compile.compile_filter(bundle.spec.linux.seccomp)
-            found["Rules"] = seccomp_describe.describe(compiled.program)
-            found["Source"] = "the program given to the kernel at start"
-        except BulkheadError as error:
-            found["Rules"] = str(error)
+    if mode != "filter":
+        return found
+    try:
+        if workload.record.status == "paused":
+            raise BlockingIOError(errno.EAGAIN, "it is paused")
+        programs = _installed(workload.record.pid)
+        found["Source"] = "the kernel (PTRACE_SECCOMP_GET_FILTER)"
+    except OSError as error:
+        bundle = workload.bundle
+        if bundle is None or bundle.spec.linux.seccomp is None:
+            found["Source"] = f"unknown: the kernel cannot be asked ({error.strerror})"
+            return found
+        programs = [seccomp_compile.compile_filter(bundle.spec.linux.seccomp).program]
+        found["Source"] = (
+            f"what was given to the kernel at start, which cannot be asked ({error.strerror})"
+        )
+    rules = [seccomp_describe.describe(program) for program in programs]
+    found["Rules"] = rules[0] if len(rules) == 1 else rules
     return found
+
+
+def _installed(pid: int) -> list[bytes]:
+    """The filters of `pid` from the kernel. Its tracer is a thread that ends here in any case."""
+    with ThreadPoolExecutor(1, thread_name_prefix="explain") as tracer:
+        return tracer.submit(seccomp.installed, pid).result()
 
 
 def _groups(engine: "Engine", workload: Workload, pid: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import errno
 import os
 import signal
 import struct
+import time
 from functools import cache
 from importlib import resources
 
@@ -170,18 +171,31 @@ def _ptrace(request: int, pid: int, address: int, data: "int | ctypes.Array[ctyp
     return result
 
 
-def installed(pid: int) -> list[bytes]:
+def _stopped(pid: int, timeout_s: float) -> int:
+    """The wait status of `pid` once it has stopped; TimeoutError."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        found, status = os.waitpid(pid, _WALL | os.WNOHANG)
+        if found:
+            return status
+        if time.monotonic() > deadline:
+            raise TimeoutError(errno.ETIMEDOUT, f"process {pid} does not stop (frozen, or in I/O)")
+        time.sleep(0.001)
+
+
+def installed(pid: int, timeout_s: float = 5.0) -> list[bytes]:
     """The filters of process `pid`, the last installed one first, read from the kernel.
 
     The process is stopped for that moment (ptrace(2): SEIZE, INTERRUPT, SECCOMP_GET_FILTER,
     DETACH). Needs CAP_SYS_ADMIN and no filter on the caller. OSError: EPERM, EBUSY or EACCES if
     it may not be traced or already is, EINVAL or EIO where the kernel cannot tell
-    (CONFIG_CHECKPOINT_RESTORE), ESRCH if it is gone.
+    (CONFIG_CHECKPOINT_RESTORE), ESRCH if it is gone. TimeoutError if it does not stop in time: then
+    it stays attached until the calling thread ends, which is best one of its own.
     """
     _ptrace(_PTRACE_SEIZE, pid, 0, 0)
     try:
         _ptrace(_PTRACE_INTERRUPT, pid, 0, 0)
-        _, status = os.waitpid(pid, _WALL)
+        status = _stopped(pid, timeout_s)
         if not os.WIFSTOPPED(status):
             raise ProcessLookupError(errno.ESRCH, f"process {pid} ended")
         stop = os.WSTOPSIG(status)
