@@ -39,7 +39,7 @@ def _memory(folder: Path, mib: int) -> str:
     return str(folder)
 
 
-def run(tests: Sequence[str], folder: Path, *, memory_mib: int = 768, timeout_s: int = 900) -> str:
+def run(tests: Sequence[str], folder: Path, *, memory_mib: int = 768, timeout_s: int = 300) -> str:
     """Boot, run `tests`, end; returns the console's log. Results are in `folder`/exchange.
 
     `timeout_s` bounds the whole; the guest is killed then.
