@@ -98,9 +98,13 @@ class ContainerBoundary:
             return Container(self, bundle, _make_group(bundle))
         return Container(self, bundle, ready.group, ready)
 
-    def stock(self, identity: str, cgroup_path: str, resources: Resources) -> None:
-        """Make the control group of a workload to come (seam: Stocking)."""
+    def stock(
+        self, identity: str, cgroup_path: str, resources: Resources, rootfs: Rootfs | None
+    ) -> None:
+        """Make the control group and the root of a workload to come (seam: Stocking)."""
         self.stocked.add(identity, cgroup_path, resources)
+        if rootfs is not None and rootfs.directory is None and overlayfs.appends_layers():
+            self.stocked.add_root(identity, rootfs, _mount_overlay(rootfs))
 
     def unstock(self, identity: str) -> None:
         """Undo `stock`."""
@@ -222,7 +226,8 @@ class Container:
             prepared = await self._prepare_mapped(undo)
             root = prepared.pop("root", None)
             if "userns" not in prepared:
-                root = self._make_root()
+                root = self._ready_root()
+                root = self._make_root() if root is None else root
             unmount = undo.enter_context(contextlib.ExitStack())
             if root is not None:
                 unmount.callback(root.close)
@@ -263,6 +268,14 @@ class Container:
                 undo.callback(fd.close)
         made["root"] = await asyncio.to_thread(_mapped_root, bundle, made["userns"])
         return made
+
+    def _ready_root(self) -> OwnedFd | None:
+        """The root from stock, if it is what this container needs."""
+        ready = self._ready
+        if ready is None or ready.root is None or ready.rootfs != self.bundle.rootfs:
+            return None
+        root, ready.root = ready.root, None
+        return root
 
     def _make_root(self) -> OwnedFd | None:
         """The root overlay, mounted nowhere yet; None where the child must mount it itself.
@@ -499,10 +512,12 @@ class Container:
 def _mount_overlay(rootfs: Rootfs) -> OwnedFd:
     """The overlay of `rootfs` as a detached mount; LaunchFailed as if the child had failed."""
     try:
-        return kernel_mounts.new_filesystem(
-            "overlay",
-            root_plan.overlay_options(rootfs.lowers, rootfs.upper, rootfs.work),
-        )
+        options = root_plan.overlay_options(rootfs.lowers, rootfs.upper, rootfs.work)
+        if rootfs.work is not None:
+            overlayfs.forget_volatile(rootfs.work)
+            if rootfs.volatile:
+                options.append("volatile")
+        return kernel_mounts.new_filesystem("overlay", options)
     except OSError as error:
         raise _step_failed(root_plan.OVERLAY_STEP, error) from error
 

@@ -13,6 +13,7 @@ from functools import cache
 
 import msgspec
 
+from bulkhead.boundary.seam import Rootfs
 from bulkhead.isolation import mounts
 from bulkhead.isolation.cgroups import manager as cgroups
 from bulkhead.isolation.cgroups.group import Group
@@ -32,15 +33,17 @@ class Reserved:
     resources: Resources
     joins: list[OwnedFd]
     view: OwnedFd | None = None
+    rootfs: Rootfs | None = None
+    root: OwnedFd | None = None
+    """`rootfs`, mounted nowhere yet."""
 
     def close(self) -> None:
         """Close the descriptors; the group stays."""
-        for fd in self.joins:
-            fd.close()
+        for fd in (*self.joins, self.view, self.root):
+            if fd is not None:
+                fd.close()
         self.joins.clear()
-        if self.view is not None:
-            self.view.close()
-            self.view = None
+        self.view = self.root = None
 
 
 class Stock:
@@ -62,6 +65,15 @@ class Stock:
             undo.pop_all()
         with self._lock:
             self._kept[identity] = made
+
+    def add_root(self, identity: str, rootfs: Rootfs, root: OwnedFd) -> None:
+        """Keep the mounted root with what is there for `identity`."""
+        with self._lock:
+            made = self._kept.get(identity)
+            if made is not None:
+                made.rootfs, made.root = rootfs, root
+                return
+        root.close()
 
     def take(self, identity: str, path: str, resources: Resources | None) -> Reserved | None:
         """What is ready for `identity`, its limits made those of `resources`; None if nothing."""

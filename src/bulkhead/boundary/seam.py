@@ -56,6 +56,8 @@ class Rootfs:
     """Where a guest's writable layer is kept, an ext4 image; made if it is missing."""
     disk_size: int = 0
     """Its size in bytes, 0 for the default."""
+    volatile: bool = False
+    """Writes to the overlay need not survive a loss of power, not even those that were fsynced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +237,13 @@ class Disposable(Protocol):
 class Stocking(Protocol):
     """Optional, of a boundary: what can be made before it is known for what. Any thread may ask."""
 
-    def stock(self, identity: str, cgroup_path: str, resources: Resources) -> None:
-        """Make what a workload of that id will need; `create` takes it if it fits."""
+    def stock(
+        self, identity: str, cgroup_path: str, resources: Resources, rootfs: Rootfs | None
+    ) -> None:
+        """Make what a workload of that id will need; `create` takes it if it fits.
+
+        From then until `create` or `unstock` nobody else may use the writable part of `rootfs`.
+        """
         ...
 
     def unstock(self, identity: str) -> None:

@@ -6,7 +6,8 @@ In a worker of the command server they come from the client, which forwards what
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 FORWARDED: tuple[int, ...] = (
     signal.SIGHUP,
@@ -19,6 +20,10 @@ FORWARDED: tuple[int, ...] = (
     signal.SIGCONT,
     signal.SIGWINCH,
 )
+
+
+# Without the conversions to enumerations, which cost more than the system call.
+_set: Callable[[int, Any], object] = getattr(signal.signal, "__wrapped__", signal.signal)
 
 
 def _nothing(number: int, frame: object) -> None:
@@ -38,12 +43,12 @@ class SignalPipe:
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in self._signals:
-            self._old.append((number, signal.signal(number, _nothing)))
+            self._old.append((number, _set(number, _nothing)))
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old:
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            _set(number, handler)
         signal.set_wakeup_fd(self._old_wakeup)
         os.close(self._read)
         os.close(self._write)

@@ -320,6 +320,7 @@ class Engine:
 
     async def release_layers(self) -> None:
         """Unmount the layers that neither an image nor a workload refers to."""
+        self.spares.forget_layers()
         stored = await self.blocking(lambda: set(self.store.layers()))
         used = {d for workload in self.workloads for d in workload.record.diff_ids}
         await self.blocking(lambda: self.layers.release_unused(stored | used))

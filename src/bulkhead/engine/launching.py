@@ -65,11 +65,11 @@ async def launch(engine: "Engine", workload: Workload, start: Start) -> Launched
         parents.claim(engine, record)
         undo.callback(parents.give_back, record)
         instance = await engine.boundary(record.boundary).create(bundle)
-        engine.spares.used(record.id)
+        engine.spares.used(record.id, rootfs)
         undo.push_async_callback(_delete, instance)
         # While this process waits for the holder, there is time to replace what was taken.
         engine.tend_networks(0.0)
-        engine.spares.refill()
+        engine.loop.call_soon(engine.spares.refill)
         with stdio.make(engine.home, record, start.rows, start.columns) as streams:
             launched = await instance.start(streams)
         workload.instance, workload.bundle = instance, bundle
@@ -90,7 +90,9 @@ def _directories(engine: "Engine", record: Record, lowers: tuple[str, ...]) -> R
     make_directories(engine.home, record.id)
     if not record.host.userns_mode or record.host.userns_mode == "host":
         lowers = (*lowers, points(engine.home))
-    return Rootfs(lowers=lowers, upper=f"{home}/upper", work=f"{home}/work")
+    # What a reboot deletes need not be written back when it is unmounted.
+    volatile = record.host.auto_remove
+    return Rootfs(lowers=lowers, upper=f"{home}/upper", work=f"{home}/work", volatile=volatile)
 
 
 def make_directories(home: Home, identity: str) -> None:

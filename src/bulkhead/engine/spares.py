@@ -8,9 +8,10 @@ import asyncio
 import contextlib
 import functools
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from bulkhead.boundary.seam import Boundary, Stocking
+from bulkhead.boundary.seam import Boundary, Rootfs, Stocking
 from bulkhead.engine import body, launching, names, specgen_limits
 from bulkhead.engine.janitor import Janitor
 from bulkhead.engine.trees import delete_small
@@ -40,6 +41,8 @@ class Spares:
         self._coming = 0
         self._timer: asyncio.TimerHandle | None = None
         self._refused = False
+        self._like: Rootfs | None = None
+        """The root of the last start."""
 
     def take(self) -> str:
         """An id with what belongs to it, "" if there is none."""
@@ -49,9 +52,23 @@ class Spares:
         self._out.add(identity)
         return identity
 
-    def used(self, identity: str) -> None:
-        """Its workload has what was ready for it, or does without."""
+    def used(self, identity: str, rootfs: Rootfs) -> None:
+        """Its workload has what was ready for it, or does without; the next one may be like it."""
         self._out.discard(identity)
+        self._like = rootfs
+
+    def touch(self, identity: str) -> None:
+        """Its writable layer is about to be used by another mount: what is ready must go first."""
+        if identity in self._out:
+            self._out.discard(identity)
+            boundary = self._engine.boundary(_BOUNDARY)
+            if isinstance(boundary, Stocking):
+                boundary.unstock(identity)
+
+    def forget_layers(self) -> None:
+        """Layers are about to go: hold none of them."""
+        self._like = None
+        self.drop()
 
     def refill(self) -> None:
         """Order what lacks. To be called after a start."""
@@ -67,7 +84,9 @@ class Spares:
             identity = names.new_id()
             path = f"{engine.cgroup_parent}/{identity}"
             boundary = engine.boundary(_BOUNDARY)
-            made = self._maker.submit(functools.partial(self._make, boundary, identity, path))
+            rootfs = self._rootfs(identity)
+            work = functools.partial(self._make, boundary, identity, path, rootfs)
+            made = self._maker.submit(work)
             made.add_done_callback(functools.partial(self._made, identity))
 
     def reconcile(self) -> None:
@@ -76,10 +95,18 @@ class Spares:
             self._out.discard(identity)
             self._remove(identity)
 
-    def _make(self, boundary: Boundary, identity: str, path: str) -> None:
+    def _rootfs(self, identity: str) -> Rootfs | None:
+        """A root like that of the last start, for `identity`."""
+        like = self._like
+        if like is None or like.upper is None or like.disk is not None or like.layer_files:
+            return None
+        place = self._engine.home.workload(identity)
+        return replace(like, upper=f"{place}/upper", work=f"{place}/work")
+
+    def _make(self, boundary: Boundary, identity: str, path: str, rootfs: Rootfs | None) -> None:
         launching.make_directories(self._engine.home, identity)
         if isinstance(boundary, Stocking):
-            boundary.stock(identity, path, _resources())
+            boundary.stock(identity, path, _resources(), rootfs)
 
     def _made(self, identity: str, future: "asyncio.Future[None]") -> None:
         self._coming -= 1
@@ -88,8 +115,9 @@ class Spares:
             return
         if future.exception() is not None:
             # A start meets the same error, with a name to it.
-            log.warning("no spare control groups from now on: %s", future.exception())
-            self._refused = True
+            log.warning("nothing can be made ready ahead: %s", future.exception())
+            self._refused = self._like is None
+            self._like = None
         self._remove(identity)
 
     def drop(self) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from bulkhead.engine import guests
 from bulkhead.engine.records import Workload
 from bulkhead.errors import Conflict
-from bulkhead.linux import mounts, namespaces, openat2
+from bulkhead.linux import mounts, namespaces, openat2, overlayfs
 from bulkhead.linux.fds import OwnedFd
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def overlay(lowers: Sequence[str], upper: str | None, work: str | None) -> Owned
         return mounts.clone_tree(lowers[0])
     options: list[str | tuple[str, str | int]] = [("lowerdir+", layer) for layer in lowers]
     if upper is not None and work is not None:
+        overlayfs.forget_volatile(work)
         options += [("upperdir", upper), ("workdir", work)]
     return mounts.new_filesystem("overlay", [*options, *_OPTIONS])
 
@@ -105,6 +106,7 @@ async def with_root(engine: "Engine", workload: Workload, action: Callable[[int]
 
 async def _stopped(engine: "Engine", workload: Workload, action: Callable[[int], _T]) -> _T:
     record = workload.record
+    engine.spares.touch(record.id)
     home = engine.home.workload(record.id)
     for path, mode in ((home, 0o710), (f"{home}/upper", 0o755), (f"{home}/work", 0o700)):
         with contextlib.suppress(FileExistsError):

@@ -2,7 +2,9 @@
 documentation.
 """
 
+import contextlib
 import errno
+import os
 from functools import cache
 
 from bulkhead.linux import syscall
@@ -20,6 +22,18 @@ def appends_layers() -> bool:
     with OwnedFd(syscall.call("fsopen", b"overlay", FSOPEN_CLOEXEC)) as context:
         # Kernels before 6.5 take any option here and refuse it later.
         return not _takes(context, b"bulkhead-no-such-option") and _takes(context, b"lowerdir+")
+
+
+def forget_volatile(work: str) -> None:
+    """Let `work` be mounted again after a mount with the option "volatile".
+
+    The kernel refuses that as long as its mark is there, since it cannot know whether the machine
+    has crashed meanwhile; the caller does.
+    """
+    mark = f"{work}/work/incompat/volatile"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{mark}/dirty")
+        os.rmdir(mark)
 
 
 def _takes(context: OwnedFd, option: bytes) -> bool:
