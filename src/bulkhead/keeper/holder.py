@@ -475,7 +475,7 @@ class HolderClient:
         error, text = await self._request(SIGNAL, signal, (identity.encode(),))
         if error in (errno.ENOENT, errno.ESRCH):
             raise NotFound(f"no process {identity} is running")
-        if error == errno.EPERM:
+        if error in (errno.EPERM, errno.EACCES):
             raise Denied(
                 f"signal {signal} to {identity}: a security module forbids it; an AppArmor profile"
                 " of a workload must allow `signal (receive) peer=unconfined`"
