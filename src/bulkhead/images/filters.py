@@ -7,7 +7,7 @@ import datetime
 import fnmatch
 import re
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -88,6 +88,16 @@ def reference_matches(entry: Entry, pattern: str) -> bool:
     shown = (entry.reference.familiar, entry.reference.familiar_name)
     full = (str(entry.reference), entry.reference.name)
     return any(expression.fullmatch(text) for text in (*shown, *full))
+
+
+def familiar_names(entries: Iterable[Entry], patterns: Iterable[str]) -> set[str]:
+    """Those names among `entries` that one of the `reference` patterns means."""
+    wanted = list(patterns)
+    return {
+        entry.reference.familiar
+        for entry in entries
+        if entry.reference is not None and any(reference_matches(entry, one) for one in wanted)
+    }
 
 
 def _glob(pattern: str) -> str:

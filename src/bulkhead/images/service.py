@@ -86,6 +86,11 @@ class ImageService:
             for image in images
             if passes(image)
         ]
+        if patterns := wanted.get("reference"):
+            for row in rows:
+                shown = filters.familiar_names(snapshot.by_image[row["Id"]], patterns)
+                for member in ("RepoTags", "RepoDigests"):
+                    row[member] = [name for name in row[member] or () if name in shown]
         rows.sort(key=lambda row: (-row["Created"], row["Id"]))
         return rows
 
