@@ -94,7 +94,7 @@ _LEFT_OUT = {
     "start": {"checkpoint-dir"},
     "images": {"tree"},
     "load": {"platform"}, "save": {"platform"}, "history": {"platform"},
-    "rmi": {"platform"}, "import": {"platform"}, "push": {"platform"},
+    "rmi": {"platform"}, "push": {"platform"},
     "network create": {"config-from", "config-only", "ingress", "scope"},  # swarm
     "network connect": {"link", "gw-priority"},
     "volume create": {"availability", "group", "limit-bytes", "required-bytes", "scope", "secret",
