@@ -237,9 +237,10 @@ def run(
 ) -> Outcome:
     """`run --rm` attached, with a connection of its own; `host` are members of HostConfig.
 
-    A member called `config` holds members of Config.
+    A member called `config` holds members of Config, `boundary` is what isolates it.
     """
     config = host.pop("config", {})
+    boundary = host.pop("boundary", "")
     wanted = {"AutoRemove": True, **host}
     body = {"Image": IMAGE, "Cmd": list(command), "HostConfig": wanted, **config}
     ends = [os.pipe() for _ in range(3)]
@@ -260,6 +261,7 @@ def run(
     try:
         with Rpc(rig.socket) as rpc:
             params = {"name": name, "body": body, "attach": [stdin is not None, True, True]}
+            params["boundary"] = boundary
             items, result = rpc.stream("workload.run", params, fds)
     finally:
         for fd in (ends[0][0], ends[1][1], ends[2][1]):
@@ -272,9 +274,10 @@ def run(
 def start(
     rig: Rig, name: str, script: str, config: dict[str, Any] | None = None, **host: Any
 ) -> str:
-    """A detached workload that runs a shell script; its id."""
+    """A detached workload that runs a shell script; its id. `boundary` is what isolates it."""
+    boundary = host.pop("boundary", "")
     body = {"Image": IMAGE, "Cmd": ["sh", "-c", script], "HostConfig": host, **(config or {})}
-    identity: str = rig.call("workload.create", name=name, body=body)["Id"]
+    identity: str = rig.call("workload.create", name=name, body=body, boundary=boundary)["Id"]
     rig.call("workload.start", id=identity)
     return identity
 

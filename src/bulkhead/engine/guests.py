@@ -42,6 +42,7 @@ def check(record: Record) -> None:
         ("--cgroupns host", host.cgroupns_mode == "host"),
         ("--privileged", host.privileged),
         ("--device", bool(host.devices)),
+        ("--init", bool(host.init)),
     ):
         if present:
             raise Unsupported(

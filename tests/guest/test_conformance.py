@@ -1,0 +1,394 @@
+"""One suite for the seam: what is promised of a workload holds behind every boundary.
+
+A boundary that cannot run here is skipped with the reason that its own report gives. Each test is
+one row, each boundary one column.
+"""
+
+import functools
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bulkhead.boundary import registry
+from bulkhead.boundary.seam import Measured, Pausable, Updatable
+from bulkhead.errors import CommandNotExecutable, CommandNotFound
+from bulkhead.home import Home
+from tests.helpers import engine_rig as rigs
+from tests.helpers import guest_kernel
+from tests.helpers.engine_rig import IMAGE, Outcome, Rig
+from tests.helpers.residue import residue
+from tests.helpers.waiting import until
+
+PROTOCOLS = {"pausable": Pausable, "updatable": Updatable, "measured": Measured}
+BIG = 3 << 20
+CONFINED = "CapBnd|NoNewPrivs|Seccomp:"
+
+
+def _unusable(name: str) -> str:
+    if os.geteuid() != 0:
+        return "needs root"
+    if shutil.which("busybox") is None:
+        return "busybox-static is not installed"
+    home = Home("/nonexistent", "/nonexistent")
+    if name == "microvm":
+        reason = guest_kernel.missing()
+        if reason:
+            return reason
+        home = Home(str(guest_kernel.CACHE), str(guest_kernel.CACHE))
+    services = registry.Services(home, None)  # type: ignore[arg-type]
+    report = registry.boundary(name, services).probe()
+    if report.usable:
+        return ""
+    return "; ".join(f"{one.what} is missing ({one.remedy})" for one in report.missing)
+
+
+@pytest.fixture(scope="module", params=registry.names())
+def boundary(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    reason = _unusable(name)
+    if reason:
+        pytest.skip(reason)
+    return name
+
+
+@pytest.fixture(scope="module")
+def rig(boundary: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    directory = tmp_path_factory.mktemp(boundary)
+    if boundary == "microvm":
+        guest_kernel.provide(directory / "root")
+    with residue(str(directory)), rigs.engine(directory) as made:
+        rigs.load_busybox(made)
+        yield made
+
+
+Run = Callable[..., Outcome]
+Start = Callable[..., str]
+
+
+@pytest.fixture
+def run(rig: Rig, boundary: str) -> Run:
+    return lambda command, **more: rigs.run(rig, command, boundary=boundary, **more)
+
+
+@pytest.fixture
+def start(rig: Rig, boundary: str) -> Iterator[Start]:
+    """Detached workloads by name and script; removed after the test."""
+    made: list[str] = []
+
+    def begin(name: str, script: str, **more: Any) -> str:
+        made.append(name)
+        return rigs.start(rig, name, script, **{"boundary": boundary, **more})
+
+    yield begin
+    for name in made:
+        rig.call("workload.remove", id=name, force=True, volumes=True)
+
+
+def say(rig: Rig, name: str) -> str:
+    return rigs.logs(rig, name).decode()
+
+
+# --- run -----------------------------------------------------------------------------------------
+
+
+def test_output_and_exit_code(run: Run, rig: Rig) -> None:
+    done = run(["sh", "-c", "echo out; echo err >&2; exit 7"])
+    assert (done.code, done.out, done.err) == (7, b"out\n", b"err\n")
+    assert rig.call("workload.list", all=True) == []
+
+
+def test_a_signal_gives_128_plus_its_number(run: Run) -> None:
+    assert run(["sh", "-c", "sh -c 'kill -TERM $$'; exit $?"]).code == 143
+
+
+def test_standard_input_reaches_it_and_ends(run: Run) -> None:
+    done = run(["sh", "-c", "cat; echo end"], stdin=b"one\ntwo\n")
+    assert (done.code, done.out) == (0, b"one\ntwo\nend\n")
+
+
+def test_bytes_arrive_as_they_were_sent(run: Run) -> None:
+    everything = bytes(range(256)) * 64
+    assert run(["cat"], stdin=everything).out == everything
+
+
+def test_much_output_arrives_whole(run: Run) -> None:
+    done = run(["sh", "-c", f"head -c {BIG} /dev/zero; echo end >&2"])
+    assert (len(done.out), done.out.count(0), done.err) == (BIG, BIG, b"end\n")
+
+
+def test_what_cannot_be_run_is_named(run: Run, rig: Rig) -> None:
+    with pytest.raises(CommandNotFound, match=r'"nosuch": executable file not found in \$PATH'):
+        run(["nosuch"])
+    with pytest.raises(CommandNotFound, match=r"stat /no/such: no such file or directory"):
+        run(["/no/such"])
+    with pytest.raises(CommandNotExecutable, match="permission denied"):
+        run(["/etc"])
+    assert rig.call("workload.list", all=True) == []
+
+
+def test_environment_user_directory_and_host_name(run: Run) -> None:
+    config = {"Env": ["A=b c"], "User": "1000:1000", "WorkingDir": "/var/deep/er"}
+    config["Hostname"] = "box"
+    done = run(["sh", "-c", 'echo "$A"; id -u; id -g; pwd; hostname'], config=config)
+    assert done.out.decode().splitlines() == ["b c", "1000", "1000", "/var/deep/er", "box"]
+
+
+def test_capabilities_and_filter_confine_it(run: Run) -> None:
+    done = run(
+        ["sh", "-c", f"grep -E '{CONFINED}' /proc/self/status; mount -t tmpfs x /tmp"],
+        CapDrop=["ALL"],
+        SecurityOpt=["no-new-privileges"],
+    )  # fmt: skip
+    words = done.out.decode().split()
+    assert words[:6] == ["CapBnd:", "0" * 16, "NoNewPrivs:", "1", "Seccomp:", "2"]
+    assert done.code != 0
+
+
+def test_read_only_root_and_tmpfs(run: Run) -> None:
+    done = run(
+        ["sh", "-c", "touch /x 2>/dev/null || echo no; touch /scratch/x && echo yes"],
+        ReadonlyRootfs=True,
+        Tmpfs={"/scratch": "size=1m"},
+    )
+    assert done.out == b"no\nyes\n"
+
+
+def test_kernel_settings_and_limits(run: Run) -> None:
+    done = run(
+        ["sh", "-c", "cat /proc/sys/net/ipv4/ip_forward /proc/sys/kernel/shmmni; ulimit -n"],
+        Sysctls={"net.ipv4.ip_forward": "1", "kernel.shmmni": "77"},
+        Ulimits=[{"Name": "nofile", "Soft": 200, "Hard": 200}],
+    )
+    assert done.out.split() == [b"1", b"77", b"200"]
+
+
+def test_too_many_tasks_are_refused(run: Run) -> None:
+    script = "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 30 & done; echo started"
+    done = run(["sh", "-c", script], PidsLimit=6)
+    assert b"started" not in done.out or b"fork" in done.err
+
+
+def test_memory_is_limited(run: Run, rig: Rig) -> None:
+    done = run(["sh", "-c", "x=a; while :; do x=$x$x; done"], Memory=96 << 20)
+    assert done.code != 0
+    assert run(["echo", "well"]).out == b"well\n"
+
+
+# --- terminals -----------------------------------------------------------------------------------
+
+
+def test_a_terminal_has_its_size_and_is_one(rig: Rig, boundary: str) -> None:
+    body = {
+        "Image": IMAGE,
+        "Cmd": ["sh", "-c", "test -t 0 && test -t 1 && stty size; read x; stty size; echo got $x"],
+        "Tty": True, "OpenStdin": True, "StdinOnce": True,
+        "AttachStdin": True, "AttachStdout": True,
+        "HostConfig": {"AutoRemove": True},
+    }  # fmt: skip
+    ours, theirs = socket.socketpair()
+    ours.settimeout(rigs.DEADLINE_S)
+    with ours, rigs.Rpc(rig.socket) as rpc:
+        with theirs:
+            number = rpc.start(
+                "workload.run",
+                {
+                    "body": body, "boundary": boundary, "attach": [True, True, False],
+                    "tty": True, "rows": 33, "columns": 77,
+                },
+                [theirs.fileno(), theirs.fileno()],
+            )  # fmt: skip
+        frames = rpc.frames(number)
+        identity = next(frames)["Id"]
+        seen = _until(ours, b"33 77\r\n")
+        rig.call("workload.resize", id=identity, rows=20, columns=40)
+        _until_size(rig, identity, "20 40")
+        ours.sendall(b"word\n")
+        seen += _until(ours, b"got word")
+        assert b"20 40" in seen
+        with pytest.raises(StopIteration) as end:
+            while True:
+                next(frames)
+        assert end.value.value["StatusCode"] == 0
+
+
+def _until(stream: socket.socket, text: bytes) -> bytes:
+    seen = b""
+    while text not in seen:
+        data = stream.recv(4096)
+        assert data, f"ended after {seen!r}"
+        seen += data
+    return seen
+
+
+def _until_size(rig: Rig, identity: str, size: str) -> None:
+    """The terminal inside, asked by another process, has the size."""
+    script = "stty size < /proc/1/fd/0"
+    until(
+        lambda: size.encode() in rigs.execute(rig, identity, ["sh", "-c", script])[1],
+        f"the size is {size}",
+    )
+
+
+# --- further processes ---------------------------------------------------------------------------
+
+
+def test_exec(rig: Rig, start: Start) -> None:
+    start("main", "sleep 1000")
+    code, out = rigs.execute(rig, "main", ["sh", "-c", "echo $$ $0; id -un; exit 5"], User="alice")
+    assert (code, out.split()[-1]) == (5, b"alice")
+    assert b"sleep" in rigs.execute(rig, "main", ["cat", "/proc/1/cmdline"])[1]
+    with pytest.raises(CommandNotFound, match="nosuch"):
+        rigs.execute(rig, "main", ["nosuch"])
+
+
+def test_many_at_once(rig: Rig, start: Start) -> None:
+    start("busy", "sleep 1000")
+    results: list[tuple[int, bytes]] = []
+
+    def one(number: int) -> None:
+        script = f"head -c 100000 /dev/zero; exit {number}"
+        results.append(rigs.execute(rig, "busy", ["sh", "-c", script]))
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(code for code, _ in results) == list(range(8))
+    assert {len(out) for _, out in results} == {100000}
+
+
+# --- life ----------------------------------------------------------------------------------------
+
+
+def test_stop_kill_and_exit_codes(rig: Rig, start: Start) -> None:
+    start("polite", "trap 'echo bye; exit 3' TERM; echo up; while :; do sleep 0.05; done")
+    until(lambda: "up" in say(rig, "polite"), "it runs")
+    rig.call("workload.stop", id="polite", timeout_s=60)
+    assert rigs.state(rig, "polite")["ExitCode"] == 3
+    assert say(rig, "polite") == "up\nbye\n"
+    start("stubborn", "sleep 1000")
+    rig.call("workload.kill", id="stubborn", signal="KILL")
+    rig.call("workload.wait", id="stubborn")
+    assert rigs.state(rig, "stubborn")["ExitCode"] == 137
+
+
+def test_what_was_written_outlives_a_restart(rig: Rig, start: Start) -> None:
+    start("kept", "echo $(($(cat /count 2>/dev/null || echo 0)+1)) > /count; cat /count; sleep 999")
+    until(lambda: say(rig, "kept") == "1\n", "the first run has written")
+    rig.call("workload.restart", id="kept", timeout_s=0)
+    until(lambda: say(rig, "kept") == "1\n2\n", "the second run has read it")
+
+
+def test_a_failing_workload_is_restarted(rig: Rig, start: Start) -> None:
+    policy = {"Name": "on-failure", "MaximumRetryCount": 2}
+    start("failing", "echo try; exit 1", RestartPolicy=policy)
+    until(lambda: rigs.state(rig, "failing")["Status"] == "exited", "it has given up")
+    assert say(rig, "failing") == "try\n" * 3
+
+
+def test_pause_and_unpause(rig: Rig, start: Start) -> None:
+    start("frozen", "while :; do echo .; sleep 0.05; done")
+    until(lambda: say(rig, "frozen"), "it writes")
+    rig.call("workload.pause", id="frozen")
+    assert rigs.state(rig, "frozen")["Status"] == "paused"
+    rig.call("workload.unpause", id="frozen")
+    before = len(say(rig, "frozen"))
+    until(lambda: len(say(rig, "frozen")) > before, "it writes again")
+
+
+def test_health(rig: Rig, start: Start) -> None:
+    check = {"Test": ["CMD-SHELL", "test -e /healthy"], "Interval": 10**8, "Retries": 1}
+    start("checked", "touch /healthy; sleep 1000", config={"Healthcheck": check})
+    until(lambda: rigs.state(rig, "checked")["Health"]["Status"] == "healthy", "it is healthy")
+
+
+def test_stats_and_inspect(rig: Rig, start: Start, boundary: str) -> None:
+    start("seen", "sleep 1000")
+    items, _ = rig.rpc.stream("workload.stats", {"id": "seen", "stream": False, "one_shot": True})
+    assert items[0]["memory_stats"]["usage"] > 0
+    assert items[0]["cpu_stats"]["cpu_usage"]["total_usage"] > 0
+    assert rig.call("workload.inspect", id="seen")["Boundary"] == boundary
+    (found,) = rig.call("workload.list", filters={"boundary": [boundary]})
+    assert found["Boundary"] == boundary
+
+
+def test_the_engine_may_be_killed(rig: Rig, start: Start) -> None:
+    start("alone", "echo one; while ! test -e /go; do sleep 0.05; done; echo two; exit 9")
+    until(lambda: say(rig, "alone") == "one\n", "it runs")
+    rig.kill()
+    rig.start()
+    assert rigs.state(rig, "alone")["Status"] == "running"
+    assert rigs.execute(rig, "alone", ["touch", "/go"])[0] == 0
+    rig.call("workload.wait", id="alone")
+    assert rigs.state(rig, "alone")["ExitCode"] == 9
+    assert say(rig, "alone") == "one\ntwo\n"
+
+
+# --- networks ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def network(rig: Rig) -> Iterator[str]:
+    rig.call("network.create", Name="both")
+    yield "both"
+    rig.call("network.remove", name="both")
+
+
+def test_they_find_and_reach_each_other_by_name(rig: Rig, network: str, start: Start) -> None:
+    serve = "echo from $(hostname) > /page; while :; do nc -l -p 80 < /page; done"
+    start("server", serve, NetworkMode=network, config={"Hostname": "there"})
+    start("asker", "sleep 1000", NetworkMode=network)
+    start("neighbour", "sleep 1000", NetworkMode=network, boundary="container")
+
+    def answer(name: str) -> bytes:
+        ask = "nc -w 2 server 80 < /dev/null"
+        return rigs.execute(rig, name, ["sh", "-c", ask])[1]
+
+    for name in ("asker", "neighbour"):
+        until(functools.partial(_equal, answer, name, b"from there\n"), f"{name} is answered")
+
+
+def _equal(answer: Callable[[str], bytes], name: str, wanted: bytes) -> bool:
+    return answer(name) == wanted
+
+
+def test_a_published_port_is_reached_from_the_host(rig: Rig, start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    start(
+        "web", "echo page > /page; while :; do nc -l -p 80 < /page; done",
+        config={"ExposedPorts": {"80/tcp": {}}},
+        PortBindings={"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": str(port)}]},
+    )  # fmt: skip
+
+    def answer() -> bytes:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+                return connection.recv(100)
+        except OSError:
+            return b""
+
+    until(lambda: answer() == b"page\n", "the port answers")
+
+
+def test_without_a_network_there_is_only_lo(run: Run) -> None:
+    done = run(["ls", "/sys/class/net"], NetworkMode="none")
+    assert done.out.split() == [b"lo"]
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def test_a_report_says_what_is_there(boundary: str, tmp_path: Path) -> None:
+    services = registry.Services(Home(str(tmp_path), str(tmp_path)), None)  # type: ignore[arg-type]
+    report = registry.boundary(boundary, services).probe()
+    assert report.usable
+    assert (boundary in registry.GUESTS) == ("guest" in report.optional)
+    assert report.optional - {"guest"} <= PROTOCOLS.keys()
