@@ -56,7 +56,48 @@ class Ours:
 def ours(folder: Path) -> Iterator[Ours]:
     """An installation that is shut down at the end."""
     home = folder / "bulkhead"
-    env = {**os.environ, "BULKHEAD_ROOT": str(home / "root"), "BULKHEAD_RUN": str(home / "run")}
+    env = {
+        **os.environ,
+        "BULKHEAD_ROOT": str(home / "root"),
+        "BULKHEAD_RUN": str(home / "run"),
+        "BULKHEAD_PYTHON": sys.executable,
+    }
+    with in_memory(home / "run"):
+        yield from _ours(env, home)
+
+
+@contextlib.contextmanager
+def crun_hierarchies() -> Iterator[None]:
+    """Mount, for this mount namespace, what crun misses on a host with both versions of cgroups."""
+    made = []
+    if Path("/sys/fs/cgroup/unified").exists():
+        known = Path("/proc/cgroups").read_text()
+        for name in ("hugetlb", "perf_event"):
+            place = Path("/sys/fs/cgroup") / name
+            if name in known and not place.exists():
+                place.mkdir()
+                made.append(place)
+                subprocess.run(["mount", "-t", "cgroup", "-o", name, name, str(place)], check=True)
+    try:
+        yield
+    finally:
+        for place in made:
+            subprocess.run(["umount", "-l", str(place)], check=True)
+            place.rmdir()
+
+
+@contextlib.contextmanager
+def in_memory(place: Path) -> Iterator[None]:
+    """A tmpfs at `place`: where installed systems have /run."""
+    place.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=711", "tmpfs", str(place)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def _ours(env: dict[str, str], home: Path) -> Iterator[Ours]:
     program = str(Path(sys.executable).parent / "bulkhead")
     native = Path(__file__).parent.parent / "src/bulkhead/_native/bulkhead-client"
     peer = Ours(env, str(native if native.exists() else program), home)
@@ -98,6 +139,8 @@ def docker(folder: Path, registry: str = "") -> Iterator[Docker]:
     command = ["dockerd", "--config-file", str(config), "--data-root", str(base / "data")]
     command += ["--exec-root", str(base / "exec"), "--pidfile", str(base / "pid")]
     command += ["-H", f"unix://{socket}"]
+    memory = contextlib.ExitStack()
+    memory.enter_context(in_memory(base / "exec"))
     with (base / "log").open("wb") as log:
         daemon = subprocess.Popen(command, stdout=log, stderr=log)
     peer = Docker(socket, base, daemon)
@@ -116,6 +159,7 @@ def docker(folder: Path, registry: str = "") -> Iterator[Docker]:
                 peer("rm", "-f", *ids)
         daemon.terminate()
         daemon.wait(60)
+        memory.close()
 
 
 def oci_bundle(folder: Path, root: Path, runtime: str) -> Path:

@@ -12,6 +12,7 @@
       command.sock    command server (cli/server.py), 0600
       holder.sock keeper.sock               see keeper/
       layers/         mounted EROFS layers, in the engine's private mount namespace
+      points/         a lowest layer: the mount points of every container
       workloads/ID/   exit records, and other per-boot files
 
 An ordinary user's defaults are $XDG_DATA_HOME/bulkhead and $XDG_RUNTIME_DIR/bulkhead.

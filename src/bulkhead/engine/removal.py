@@ -63,7 +63,8 @@ class Removal:
         engine, record = self._engine, workload.record
         record.removing = True
         record.stopped_by_hand = True
-        engine.workloads.save(workload)
+        # For an engine that is killed now; after a loss of power nothing was acknowledged.
+        engine.workloads.save(workload, durable=False)
         engine.lifecycle.abandon_restart(workload)
         async with workload.lock:
             if workload.running:
