@@ -57,6 +57,22 @@ Delegate=yes
 [Install]
 WantedBy=multi-user.target
 """
+DISKS = """\
+[Unit]
+Description=the disks with Python packages, checkout and job
+DefaultDependencies=no
+Before=sysinit.target
+[Service]
+Type=oneshot
+ExecStart=/bin/mkdir -p /run/site /run/host
+ExecStart=/bin/mount -t ext4 -o ro /dev/vdb /run/site
+ExecStart=/bin/mount -t ext4 -o ro /dev/vdc /run/host
+[Install]
+WantedBy=sysinit.target
+"""
+"""By a unit and not in fstab: udev need not be up, the devices are there since the initrd."""
+MANAGER = "[Manager]\nDefaultTimeoutStopSec=5s\n"
+"""Workloads that ignore SIGTERM do not hold up the end for long."""
 MASKED = [
     "getty@tty1.service",
     "serial-getty@ttyS0.service",
@@ -129,7 +145,20 @@ def _building(target: Path) -> Iterator[Path | None]:
 def base() -> Path:
     """The folder of the base, built if it is not there (about a minute)."""
     script = (job.ROOT / "tests/guest/inside/debian-run.sh").read_text()
-    recipe = (SUITE, *PACKAGES, KERNEL, *MODULES, UNIT, *MASKED, INIT, DOWNLOAD, script, "1")
+    recipe = (
+        SUITE,
+        *PACKAGES,
+        KERNEL,
+        *MODULES,
+        UNIT,
+        DISKS,
+        MANAGER,
+        *MASKED,
+        INIT,
+        DOWNLOAD,
+        script,
+        "1",
+    )
     target = CACHE / f"debian-{_key(*recipe)}"
     with _building(target) as folder:
         if folder is not None:
@@ -151,13 +180,18 @@ def _make_base(folder: Path, script: str) -> None:
     )  # fmt: skip
     (tree / "usr/local/sbin/debian-run.sh").write_text(script)
     units = tree / "etc/systemd/system"
-    (units / "bulkhead-tests.service").write_text(UNIT)
-    wants = units / "multi-user.target.wants"
-    wants.mkdir(exist_ok=True)
-    (wants / "bulkhead-tests.service").symlink_to("/etc/systemd/system/bulkhead-tests.service")
+    for name, text, target in (
+        ("bulkhead-tests.service", UNIT, "multi-user.target"),
+        ("guest-disks.service", DISKS, "sysinit.target"),
+    ):
+        (units / name).write_text(text)
+        (units / f"{target}.wants").mkdir(exist_ok=True)
+        (units / f"{target}.wants" / name).symlink_to(f"/etc/systemd/system/{name}")
     for name in MASKED:
         (units / name).unlink(missing_ok=True)
         (units / name).symlink_to("/dev/null")
+    (tree / "etc/systemd/system.conf.d").mkdir(exist_ok=True)
+    (tree / "etc/systemd/system.conf.d/fast.conf").write_text(MANAGER)
     (tree / "etc/hostname").write_text("guest\n")
     (tree / "etc/machine-id").write_text("0123456789abcdef0123456789abcdef\n")
     (tree / "etc/fstab").write_text("")
