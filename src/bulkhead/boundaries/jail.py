@@ -71,7 +71,9 @@ class Roots:
         """
         extra = files or {}
         sources = (*programs.values(), *(one for one in extra.values() if isinstance(one, str)))
-        key = (kind, *sorted(programs), *sorted(extra), *(_stamp(path) for path in sources))
+        texts = (one for one in extra.values() if isinstance(one, bytes))
+        places = (*programs, *extra)
+        key = (kind, *places, *texts, *(_stamp(path) for path in sources))
         found = self._known.get(key)
         if found is None or not os.path.isdir(found.directory):
             found = self._known[key] = self._find(kind, programs, extra)

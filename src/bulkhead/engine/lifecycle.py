@@ -96,6 +96,7 @@ class Lifecycle:
             launched = await launching.launch(engine, workload, start)
         except BaseException as error:
             self._launching.discard(record.id)
+            self._early.pop(record.id, None)  # a guest's monitor, whose workload never ran
             workload.cleaned.set()
             self._record_failure(workload, error)
             raise
