@@ -1,5 +1,6 @@
 """RPC: a workload's files (archive, export, changes, commit)."""
 
+import asyncio
 import contextlib
 import os
 import stat
@@ -13,7 +14,7 @@ from bulkhead.engine.calls import Call, Params, Table
 from bulkhead.engine.core import Engine
 from bulkhead.engine.lifecycle import attributes
 from bulkhead.engine.records import Workload
-from bulkhead.errors import Invalid
+from bulkhead.errors import Conflict, Invalid
 from bulkhead.oci import reference
 from bulkhead.store import diff
 
@@ -207,14 +208,15 @@ async def commit(engine: Engine, params: Commit, call: Call) -> dict[str, Any]:
     parent = engine.images.resolve(record.image_id)
     upper = f"{engine.home.workload(record.id)}/upper"
     frozen = params.pause and record.status == "running"
-    if frozen:
-        await engine.control.pause(workload, passing=True)
 
     def layer() -> Iterator[bytes]:
         if os.path.isdir(upper):
             yield from diff.tar_upper(upper)
 
     try:
+        if frozen:
+            # Whole, even if the client leaves meanwhile: `unpause` waits for it.
+            await asyncio.shield(engine.control.pause(workload, passing=True))
         image = await engine.blocking(
             lambda: engine.images.commit(
                 parent,
@@ -228,7 +230,8 @@ async def commit(engine: Engine, params: Commit, call: Call) -> dict[str, Any]:
         )
     finally:
         if frozen:
-            await engine.control.unpause_if_paused(workload)
+            with contextlib.suppress(Conflict):
+                await engine.control.unpause(workload)
     engine.events.emit(
         "container", "commit", record.id, attributes(workload, comment=params.comment)
     )
