@@ -41,9 +41,11 @@ def test_a_transaction_is_all_or_nothing(tmp_path: Path) -> None:
     assert documents.items() == []
     with database.transaction(durable=False):
         database.execute("INSERT INTO documents VALUES ('x','b','{}')")
-    (mode,) = database.execute("PRAGMA synchronous").fetchone()
-    assert mode == 2
     assert documents.items() == [("b", "{}")]
+    with database.transaction():
+        database.execute("INSERT INTO documents VALUES ('x','c','{}')")
+    (mode,) = database.execute("PRAGMA synchronous").fetchone()
+    assert mode == 2, "a durable commit is flushed, also after one that was not"
     database.close()
 
 
