@@ -20,7 +20,7 @@ from bulkhead.boundary.seam import Measured, Pausable, Updatable
 from bulkhead.errors import CommandNotExecutable, CommandNotFound
 from bulkhead.home import Home
 from tests.helpers import engine_rig as rigs
-from tests.helpers import guest_kernel
+from tests.helpers import guest_kernel, images
 from tests.helpers.engine_rig import IMAGE, Outcome, Rig
 from tests.helpers.residue import residue
 from tests.helpers.waiting import until
@@ -381,6 +381,25 @@ def test_a_published_port_is_reached_from_the_host(rig: Rig, start: Start) -> No
 def test_without_a_network_there_is_only_lo(run: Run) -> None:
     done = run(["ls", "/sys/class/net"], NetworkMode="none")
     assert done.out.split() == [b"lo"]
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
+def test_an_image_of_a_hundred_layers(rig: Rig, boundary: str, tmp_path: Path) -> None:
+    layers = [images.tar_of({"etc/last": b"%d" % n, f"etc/n{n}": b"x"}) for n in range(99)]
+    layers.append(images.tar_of({"etc/.wh.n7": b"", "etc/link": "last"}))
+    archive = tmp_path / "many.tar"
+    blobs = images.Blobs()
+    image = images.build(blobs, [images.busybox_tar(), *layers])
+    images.oci_archive(archive, blobs, [("many:latest", image.descriptor)])
+    with archive.open("rb") as file:
+        rig.rpc.stream("image.load", {}, [file.fileno()])
+    script = "cat /etc/link; ls /etc | grep -c '^n[0-9]'; id -un"
+    for _ in range(2):
+        done = rigs.run(rig, ["sh", "-c", script], boundary=boundary, config={"Image": "many"})
+        assert done.out == b"98" + b"98\nroot\n", done.err
+    rig.call("image.remove", name="many")
 
 
 # --- the report ----------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from bulkhead.linux import mounts
 from bulkhead.network.manager import NetworkManager
 from bulkhead.network.model import AttachRequest, EndpointRequest
 from bulkhead.state.database import Database
+from bulkhead.store import merged
 from bulkhead.store.content import ContentStore
 from bulkhead.store.mounts import LayerMounts
 from bulkhead.volumes.manager import VolumeManager
@@ -324,6 +325,7 @@ class Engine:
         stored = await self.blocking(lambda: set(self.store.layers()))
         used = {d for workload in self.workloads for d in workload.record.diff_ids}
         await self.blocking(lambda: self.layers.release_unused(stored | used))
+        await self.blocking(lambda: merged.release(self.home.in_root("merged"), stored))
 
     # --- ends
 

@@ -10,11 +10,14 @@ from bulkhead.engine import body, options
 from bulkhead.engine.records import Record, Workload
 from bulkhead.errors import Invalid, Unsupported
 from bulkhead.network.tap import guest_taps
+from bulkhead.store import merged
 
 if TYPE_CHECKING:
     from bulkhead.engine.core import Engine
 
 _DISK = "disk.ext4"
+MOST_LAYERS = 12
+"""Guests have few disks: an image of more layers comes as one."""
 
 
 def is_guest(record: Record) -> bool:
@@ -72,7 +75,7 @@ def disk_size(host: body.HostConfig) -> int:
     return size
 
 
-def rootfs(engine: "Engine", record: Record, base: Rootfs) -> Rootfs:
+async def rootfs(engine: "Engine", record: Record, base: Rootfs) -> Rootfs:
     """The root with what a guest mounts: the images of its layers and its writable disk."""
     files: dict[str, None] = {}
     for diff_id in reversed(record.diff_ids):
@@ -80,6 +83,13 @@ def rootfs(engine: "Engine", record: Record, base: Rootfs) -> Rootfs:
         if layer is None or layer.form != "erofs":
             raise Unsupported(f"layer {diff_id} is not stored as a file system image")
         files[layer.path] = None
+    if len(files) > MOST_LAYERS:
+        lowers = engine.layers.lowers(record.diff_ids)
+        directory, limits = engine.home.in_root("merged"), engine.store.limits
+        path = await engine.blocking(
+            lambda: merged.merged_image(directory, record.diff_ids, lowers, limits)
+        )
+        files = {path: None}
     return Rootfs(
         lowers=base.lowers,
         upper=base.upper,

@@ -47,7 +47,7 @@ async def launch(engine: "Engine", workload: Workload, start: Start) -> Launched
         lowers = await engine.lowers(record.diff_ids)
         rootfs = _directories(engine, record, lowers)
         if guests.is_guest(record):
-            rootfs = guests.rootfs(engine, record, rootfs)
+            rootfs = await guests.rootfs(engine, record, rootfs)
         sources = [await _source(engine, record, point, lowers, undo) for point in record.mounts]
         undo.callback(engine.volumes.release, record.id)
         attachment = engine.networks.prepare(engine.attach_request(workload))
