@@ -406,6 +406,8 @@ def test_an_image_of_a_hundred_layers(rig: Rig, boundary: str, tmp_path: Path) -
 
 
 def test_a_report_says_what_is_there(boundary: str, tmp_path: Path) -> None:
+    if boundary == "microvm":
+        guest_kernel.provide(tmp_path)
     services = registry.Services(Home(str(tmp_path), str(tmp_path)), None)  # type: ignore[arg-type]
     report = registry.boundary(boundary, services).probe()
     assert report.usable
