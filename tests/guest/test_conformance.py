@@ -17,7 +17,7 @@ import pytest
 
 from bulkhead.boundary import registry
 from bulkhead.boundary.seam import Measured, Pausable, Updatable
-from bulkhead.errors import CommandNotExecutable, CommandNotFound
+from bulkhead.errors import CommandNotExecutable, CommandNotFound, Unsupported
 from bulkhead.home import Home
 from tests.helpers import engine_rig as rigs
 from tests.helpers import guest_kernel, images
@@ -400,6 +400,31 @@ def test_an_image_of_a_hundred_layers(rig: Rig, boundary: str, tmp_path: Path) -
         done = rigs.run(rig, ["sh", "-c", script], boundary=boundary, config={"Image": "many"})
         assert done.out == b"98" + b"98\nroot\n", done.err
     rig.call("image.remove", name="many")
+
+
+# --- what a kernel of its own makes impossible is refused -----------------------------------------
+
+
+def test_what_a_guest_cannot_have_is_refused(
+    rig: Rig, network: str, run: Run, start: Start, boundary: str
+) -> None:
+    if boundary not in registry.GUESTS:
+        pytest.skip("shares the host's kernel")
+    host: dict[str, Any]
+    for host in (
+        {"NetworkMode": "host"}, {"PidMode": "host"}, {"IpcMode": "host"}, {"Privileged": True},
+        {"Init": True}, {"Devices": [{"PathOnHost": "/dev/null", "PathInContainer": "/dev/x"}]},
+    ):  # fmt: skip
+        with pytest.raises(Unsupported, match=f"behind the boundary {boundary}"):
+            run(["true"], **host)
+    start("other", "sleep 1000")
+    with pytest.raises(Unsupported, match="no other workload can join"):
+        rigs.run(rig, ["true"], NetworkMode="container:other")
+    with pytest.raises(Unsupported, match="stop other first"):
+        rig.call("network.connect", network=network, container="other")
+    for method in ("workload.top", "workload.changes"):
+        with pytest.raises(Unsupported, match="bulkhead exec other"):
+            rig.call(method, id="other")
 
 
 # --- the report ----------------------------------------------------------------------------------

@@ -129,6 +129,7 @@ def _references(engine: Engine, host: body.HostConfig) -> None:
         value: str = getattr(host, member)
         if value.startswith("container:"):
             other = engine.workloads.find(value.removeprefix("container:"))
+            guests.check_shared(other)
             setattr(host, member, f"container:{other.id}")
 
 

@@ -122,6 +122,26 @@ def refuse(workload: Workload, what: str) -> None:
         )
 
 
+def check_unplugged(workload: Workload) -> None:
+    """Unsupported if its network cards are in use by a kernel that cannot be given others."""
+    record = workload.record
+    if is_guest(record):
+        raise Unsupported(
+            f"the networks of a running workload behind the boundary {record.boundary} cannot "
+            f"change: stop {record.name} first"
+        )
+
+
+def check_shared(other: Workload) -> None:
+    """Unsupported if `other` has its namespaces inside a kernel of its own."""
+    record = other.record
+    if is_guest(record):
+        raise Unsupported(
+            f"the namespaces of {record.name} are those of its own kernel (boundary "
+            f"{record.boundary}): no other workload can join them"
+        )
+
+
 def account_files(engine: "Engine", record: Record) -> Sequence[str]:
     """Where passwd and group of a running workload are read; for guests those of its image."""
     if is_guest(record):

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from bulkhead.engine import body, filters, launching
+from bulkhead.engine import body, filters, guests, launching
 from bulkhead.engine.calls import Call, Params, Table
 from bulkhead.engine.core import Engine
 from bulkhead.engine.records import Workload
@@ -135,6 +135,7 @@ async def connect(engine: Engine, params: Connect, call: Call) -> dict[str, Any]
     settings = params.endpoint or body.EndpointSettings()
     async with workload.lock:
         if workload.running:
+            guests.check_unplugged(workload)
             with _following_files(engine, workload):
                 engine.networks.connect(record.id, found["Name"], _request(settings))
             await engine.processes.sync_helpers()
@@ -185,6 +186,7 @@ async def disconnect(engine: Engine, params: Disconnect, call: Call) -> dict[str
         raise NotFound(f"container {record.id} is not connected to network {found['Name']}")
     async with workload.lock:
         if workload.running:
+            guests.check_unplugged(workload)
             with _following_files(engine, workload):
                 engine.networks.disconnect(record.id, found["Name"])
             await engine.processes.sync_helpers()
