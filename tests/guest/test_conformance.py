@@ -206,6 +206,7 @@ def test_a_terminal_has_its_size_and_is_one(rig: Rig, boundary: str) -> None:
         frames = rpc.frames(number)
         identity = next(frames)["Id"]
         seen = _until(ours, b"33 77\r\n")
+        until(lambda: rigs.state(rig, identity)["Running"], "the engine knows that it runs")
         rig.call("workload.resize", id=identity, rows=20, columns=40)
         _until_size(rig, identity, "20 40")
         ours.sendall(b"word\n")
