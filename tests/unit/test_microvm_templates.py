@@ -93,6 +93,8 @@ def test_a_clone_has_the_layout_of_its_template() -> None:
         cards=[qemu.Card(11, "02:42:0a:00:00:02")],
     )  # fmt: skip
     assert layout(template) == layout(clone)
+    assert "-kernel" in qemu.argv(template)
+    assert "-kernel" not in qemu.argv(clone)
 
 
 def layout(machine: qemu.Machine) -> list[tuple[str, str]]:

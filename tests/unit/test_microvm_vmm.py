@@ -61,7 +61,8 @@ def test_cards_and_disks_have_their_places() -> None:
     assert "filename=/disks/0,read-only=on" in first
     assert "filename=/disks/1,read-only=off" in second
     assert empty.startswith("driver=null-co")
-    buses = [word.rpartition("bus.")[2] for word in option(words, "-device") if "bus." in word]
+    devices = [word for word in option(words, "-device") if "bus." in word]
+    buses = [word.rpartition("bus.")[2].partition(",")[0] for word in devices]
     assert buses == ["23", "22", "21", "20", "19"]
     assert qemu.disk_names(2) == ["/dev/vda", "/dev/vdb"]
 
