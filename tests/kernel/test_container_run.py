@@ -469,6 +469,16 @@ def test_pause_update_measure(lab: Lab) -> None:
     running.kill()
 
 
+def test_a_frozen_container_can_be_killed(lab: Lab) -> None:
+    running = lab.start(["sleep", "1000"])
+    container = running.container
+    assert isinstance(container, Pausable)
+    lab.do(container.pause())
+    lab.do(container.kill(signal.SIGKILL))
+    assert running.wait().code == -signal.SIGKILL
+    lab.do(container.delete(force=True))
+
+
 def test_load_after_a_restart(lab: Lab) -> None:
     running = lab.start(["sleep", "1000"])
     loaded = lab.do(lab.boundary.load(running.container.bundle, running.pid))

@@ -404,6 +404,9 @@ class Container:
             if signal != SIGKILL or cgroups.detect().version == 1:
                 raise
             await asyncio.to_thread(self.group.kill)  # cgroup.kill asks no security module
+        if signal == SIGKILL and self.group.frozen():
+            # Version 1 keeps even SIGKILL from a frozen process until it is thawed.
+            await asyncio.to_thread(self.group.thaw)
 
     async def delete(self, *, force: bool = False) -> None:
         """Remove the control group; with `force` kill what is still in it."""

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import errno
 import os
 import signal
 import termios
@@ -62,15 +63,26 @@ def raw(fd: int) -> Iterator[None]:
         raise OSError(*error.args) from None
     release, guard = _guard(fd, old)
     try:
-        termios.tcsetattr(fd, termios.TCSADRAIN, _make_raw(old))
+        _set(fd, _make_raw(old))
         yield
     finally:
         with _output_allowed(), contextlib.suppress(termios.error):  # the terminal may be gone
-            termios.tcsetattr(fd, termios.TCSADRAIN, old)
+            _set(fd, old)
         with contextlib.suppress(OSError):
             os.write(release, b"x")
         os.close(release)
         os.waitpid(guard, 0)
+
+
+def _set(fd: int, attributes: "list[int | list[bytes | int]]") -> None:
+    """tcsetattr(3) once the output is written, which a signal may interrupt: then again."""
+    while True:
+        try:
+            termios.tcsetattr(fd, termios.TCSADRAIN, attributes)
+            return
+        except termios.error as error:
+            if error.args[0] != errno.EINTR:
+                raise
 
 
 @contextlib.contextmanager
