@@ -65,10 +65,10 @@ def neighbour(docker: Dockerd) -> Iterator[list[str]]:
     The host's end has 10.99.0.1, the neighbour's 10.99.0.2.
     """
     ready, tell = os.pipe()
-    script = f"echo >&{tell}; exec sleep 100000"
+    script = "echo; exec sleep 100000"
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, ready)
-        other = subprocess.Popen(["unshare", "--net", "sh", "-c", script], pass_fds=(tell,))
+        other = subprocess.Popen(["unshare", "--net", "sh", "-c", script], stdout=tell)
         os.close(tell)
         undo.callback(other.wait)
         undo.callback(other.kill)

@@ -9,7 +9,7 @@ import contextlib
 import os
 import select
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from bulkhead.cli.options import UsageError
@@ -67,9 +67,22 @@ class Session:
         self.target = target
         self._waiting: list[int] = []
         self._interrupts = 0
+        self._signals: SignalPipe | None = None
         self.watch: list[int] = []
         """Further requests whose failure ends the session (the start of `start -a`)."""
         self.on_item: Callable[[Any], None] = lambda item: None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[SignalPipe]:
+        """Signals are kept for `run` during the block, also between two of them."""
+        if self._signals is not None:
+            yield self._signals
+            return
+        with SignalPipe(FORWARDED) as self._signals:
+            try:
+                yield self._signals
+            finally:
+                self._signals = None
 
     def run(
         self,
@@ -81,9 +94,8 @@ class Session:
         then: Callable[[], None] | None = None,
     ) -> Any:
         """Send the request (and what `then` sends), see it through; its result."""
-        wanted = FORWARDED
         with contextlib.ExitStack() as stack:
-            signals = stack.enter_context(SignalPipe(wanted))
+            signals = stack.enter_context(self.listening())
             if self.tty and self._stdin and os.isatty(0):
                 from bulkhead.cli.terminal import raw
 

@@ -95,19 +95,20 @@ def attach(context: Context, parsed: Parsed) -> int:
         proxy=bool(parsed["sig-proxy"]),
         target=("workload", found["Id"]),
     )
-    try:
-        result = session.run(
-            context.engine,
-            "workload.attach",
-            params,
-            attached_fds(stdin, True, not tty),
-            then=(lambda: session.resize(context.engine)) if tty else None,
-        )
-    except Stopped as stop:
-        return 128 + stop.number
-    except Unavailable as error:
-        keys = params.get("detach_keys", "")
-        result = attach_again(context, session, error, (stdin, True, not tty), keys)
+    with session.listening():
+        try:
+            result = session.run(
+                context.engine,
+                "workload.attach",
+                params,
+                attached_fds(stdin, True, not tty),
+                then=(lambda: session.resize(context.engine)) if tty else None,
+            )
+        except Stopped as stop:
+            return 128 + stop.number
+        except Unavailable as error:
+            keys = params.get("detach_keys", "")
+            result = attach_again(context, session, error, (stdin, True, not tty), keys)
     if result.get("Reason") == "detached":
         return 0
     if result.get("StatusCode") is None:

@@ -162,16 +162,17 @@ def _attached(context: Context, parsed: Parsed, params: dict[str, Any], fds: lis
             _created(context, parsed, value)
 
     session.on_item = item
-    try:
-        result = session.run(context.engine, "workload.run", params, fds)
-    except Stopped as stop:
-        return 128 + stop.number
-    except Unavailable as error:
-        if session.target is None:
-            raise
-        result = attach_again(
-            context, session, error, params["attach"], params.get("detach_keys", "")
-        )
+    with session.listening():
+        try:
+            result = session.run(context.engine, "workload.run", params, fds)
+        except Stopped as stop:
+            return 128 + stop.number
+        except Unavailable as error:
+            if session.target is None:
+                raise
+            result = attach_again(
+                context, session, error, params["attach"], params.get("detach_keys", "")
+            )
     return finish(context, result)
 
 

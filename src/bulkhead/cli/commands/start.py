@@ -59,15 +59,20 @@ def _attached(context: Context, parsed: Parsed) -> int:
             session.resize(context.engine)
 
     session.watch = started
-    try:
-        result = session.run(
-            context.engine, "workload.attach", params, attached_fds(stdin, True, stderr), then=then
-        )
-    except Stopped as stop:
-        return 128 + stop.number
-    except Unavailable as error:
-        keys = params.get("detach_keys", "")
-        result = attach_again(context, session, error, (stdin, True, stderr), keys)
+    with session.listening():
+        try:
+            result = session.run(
+                context.engine,
+                "workload.attach",
+                params,
+                attached_fds(stdin, True, stderr),
+                then=then,
+            )
+        except Stopped as stop:
+            return 128 + stop.number
+        except Unavailable as error:
+            keys = params.get("detach_keys", "")
+            result = attach_again(context, session, error, (stdin, True, stderr), keys)
     if result.get("Reason") == "detached":
         return 0
     if result.get("StatusCode") is None:
