@@ -33,6 +33,11 @@ def _read(path: str) -> str:
         return ""
 
 
+def _parent(pid: str) -> str:
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return fields[1] if fields else "0"
+
+
 def _processes() -> set[str]:
     found = set()
     for entry in os.listdir("/proc"):
@@ -42,13 +47,25 @@ def _processes() -> set[str]:
         if not stat:
             continue
         fields = stat.rpartition(")")[2].split()
-        # Kernel threads, zombies (their parent is not always ours) and short-lived helpers of the
-        # machine's own are not residue.
+        # Kernel threads and zombies (their parent is not always ours) are not residue.
         if fields[0] in "ZX" or int(fields[6]) & 0x00200000:
             continue
         command = _read(f"/proc/{entry}/cmdline").replace("\0", " ").strip()
         found.add(f"{entry} {command or stat.partition('(')[2].partition(')')[0]}")
     return found
+
+
+def _of_another(process: str, before: set[str]) -> bool:
+    """Whether it was started by somebody who was there before and is neither init nor this test.
+
+    What outlives its parents is init's child; what we start is ours. Only a shell or service beside
+    the test has children of its own.
+    """
+    old = {entry.partition(" ")[0] for entry in before}
+    pid = process.partition(" ")[0]
+    while pid not in old and pid not in ("0", "1"):
+        pid = _parent(pid)
+    return pid not in ("0", "1", str(os.getpid()))
 
 
 def _namespaces() -> set[str]:
@@ -114,6 +131,7 @@ def left(before: Snapshot, scopes: tuple[str, ...]) -> dict[str, list[str]]:
     """What is there now and was not `before`."""
     now = snapshot()
     new = {k: sorted(e for e in now[k] - before[k] if _ours(k, e, scopes)) for k in now}
+    new["processes"] = [p for p in new["processes"] if not _of_another(p, before["processes"])]
     return {kind: entries for kind, entries in new.items() if entries}
 
 
