@@ -130,4 +130,10 @@ def test_nginx_beside_dockerd(here: Beside, docker: Dockerd) -> None:
         inside(docker, "iptables", "-S", "DOCKER-USER")
         == "-N DOCKER-USER\n-A DOCKER-USER -j RETURN\n"
     )
-    assert "bh" not in inside(docker, "ip", "-o", "link")
+    # Their namespaces are gone, and with them, soon, the interfaces that waited for workloads.
+    until(lambda: not _ours(docker), "our interfaces are gone")
+
+
+def _ours(docker: Dockerd) -> list[str]:
+    links = inside(docker, "ip", "-br", "link").splitlines()
+    return [line for line in links if line.startswith("bh")]

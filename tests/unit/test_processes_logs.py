@@ -112,6 +112,21 @@ def test_a_tail_longer_than_a_block(tmp_path: Path) -> None:
     assert [r.data for r in collect(path, tail=40)] == records[-40:]
 
 
+def test_a_tail_ends_where_the_log_ended(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(encode_records([b"1\n", b"2\n"], 1, NOW))
+
+    async def main() -> list[bytes]:
+        found = []
+        async for record in logs.read(str(path), tail=2):
+            found.append(record.data)
+            with path.open("ab") as file:  # the workload goes on writing
+                file.write(encode_records([b"3\n"] * 1000, 1, NOW))
+        return found
+
+    assert asyncio.run(main()) == [b"1\n", b"2\n"]
+
+
 def test_options_keep_any_path() -> None:
     text = "tty=1\ndriver=json-file\npath=/a=b\nc/\udcff"
     got = parse_options(text.encode("utf-8", "surrogateescape"))

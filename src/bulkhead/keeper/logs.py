@@ -100,9 +100,8 @@ def _open_all(path: str) -> list[int]:
     return []
 
 
-def _tail_position(fd: int, wanted: int) -> tuple[int, int]:
-    """(offset where the last `wanted` lines begin, how many lines there are from it)."""
-    end = os.fstat(fd).st_size
+def _tail_position(fd: int, wanted: int, end: int) -> tuple[int, int]:
+    """(offset where the last `wanted` lines before `end` begin, how many there are from it)."""
     position, found = end, 0
     while position > 0:
         start = max(0, position - _BLOCK)
@@ -122,17 +121,19 @@ def _tail_position(fd: int, wanted: int) -> tuple[int, int]:
 class _Lines:
     """Whole lines of one file from an offset on; what is not finished yet is read again later."""
 
-    def __init__(self, fd: int, offset: int = 0) -> None:
+    def __init__(self, fd: int, offset: int = 0, end: int | None = None) -> None:
         self.fd = fd
         self.offset = offset
+        self._end = end
         self._rest = b""
 
     def read(self) -> Iterator[bytes]:
-        """The lines that are there now."""
+        """The lines that are there now, up to `end` if there is one."""
         if os.fstat(self.fd).st_size < self.offset:
             self.offset, self._rest = 0, b""  # cut to begin again (max-file=1)
         while True:
-            block = os.pread(self.fd, _BLOCK, self.offset)
+            wanted = _BLOCK if self._end is None else min(_BLOCK, self._end - self.offset)
+            block = os.pread(self.fd, max(0, wanted), self.offset)
             if not block:
                 return
             self.offset += len(block)
@@ -145,17 +146,21 @@ class _Lines:
         os.close(self.fd)
 
 
-def _start(path: str, tail: int | None) -> list[_Lines]:
-    """The files to read, oldest first, at the offsets where `tail` records begin."""
-    fds = _open_all(path)
-    if tail is None:
-        return [_Lines(fd) for fd in fds]
+def _start(path: str, tail: int | None, *, follow: bool) -> list[_Lines]:
+    """The files to read, oldest first, at the offsets where `tail` records begin.
+
+    Without `follow` they end where they end now: what a busy workload writes meanwhile is neither
+    one of the last `tail` nor ever all.
+    """
     files: list[_Lines] = []
     left = tail
-    for fd in reversed(fds):
-        offset, found = _tail_position(fd, left)
-        files.insert(0, _Lines(fd, offset))
-        left -= found
+    for fd in reversed(_open_all(path)):
+        end = os.fstat(fd).st_size
+        offset = 0
+        if left is not None:
+            offset, found = _tail_position(fd, left, end)
+            left -= found
+        files.insert(0, _Lines(fd, offset, None if follow else end))
     return files
 
 
@@ -190,7 +195,7 @@ async def read(
     or until a record is later than `until`.
     """
     async with contextlib.AsyncExitStack() as undo:
-        files = _start(path, tail)
+        files = _start(path, tail, follow=follow)
         for file in files:
             undo.callback(file.close)
         current: _Lines | None = None
