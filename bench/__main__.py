@@ -38,11 +38,24 @@ def registry(folder: Path) -> Iterator[str]:
     with (folder / "registry.log").open("wb") as log:
         server = subprocess.Popen(["docker-registry", "serve", str(config)], stdout=log, stderr=log)
     try:
-        time.sleep(1)
+        _await_listener(number)
         yield f"127.0.0.1:{number}"
     finally:
         server.terminate()
         server.wait()
+
+
+def _await_listener(number: int) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", number), timeout=5).close()
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def table(results: Result, facts: dict[str, str]) -> str:
