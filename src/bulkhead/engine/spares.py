@@ -1,6 +1,6 @@
 """Ids with directories and control groups that no workload has yet, for the starts to come.
 
-Made by a thread after a start, while the engine waits for the holder. Nothing is
+Made by a thread soon after a start, when the processors have nothing better to do. Nothing is
 recorded of them: what a killed engine leaves belongs to no record, so the next one removes it.
 """
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("bulkhead.engine")
 
 KEPT = 4
+LOW = 2
+"""With fewer than these the reserve is filled at once, else when starts have paused for QUIET_S."""
+QUIET_S = 0.03
 IDLE_S = 10.0
 """How long they are kept after the last start."""
 _BOUNDARY = "container"
@@ -40,6 +43,7 @@ class Spares:
         """Taken, but not started yet."""
         self._coming = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._filling: asyncio.TimerHandle | None = None
         self._refused = False
         self._like: Rootfs | None = None
         """The root of the last start."""
@@ -71,14 +75,25 @@ class Spares:
         self.drop()
 
     def refill(self) -> None:
-        """Order what lacks. To be called after a start."""
+        """Order what lacks: now or soon. To be called after a start."""
         engine = self._engine
         if engine.closing or self._refused:
             return
-        self.reconcile()
         if self._timer is not None:
             self._timer.cancel()
         self._timer = engine.loop.call_later(IDLE_S, self.drop)
+        if self._filling is not None:
+            self._filling.cancel()
+        # The processors are the starting workload's first.
+        wait_s = 0.0 if len(self._ready) + self._coming < LOW else QUIET_S
+        self._filling = engine.loop.call_later(wait_s, self._fill)
+
+    def _fill(self) -> None:
+        self._filling = None
+        engine = self._engine
+        if engine.closing or self._refused or self._timer is None:
+            return
+        self.reconcile()
         while len(self._ready) + self._coming < KEPT:
             self._coming += 1
             identity = names.new_id()
@@ -122,9 +137,10 @@ class Spares:
 
     def drop(self) -> None:
         """Remove them all."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for timer in (self._timer, self._filling):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._filling = None
         everything = [*self._ready, *self._out]
         self._ready.clear()
         self._out.clear()

@@ -10,6 +10,7 @@ the first order and ends with the lobby, or when it is waited for.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from bulkhead.linux import rtnetlink as rt
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.linux.netlink import Netlink
 from bulkhead.network.ipam import Interface
+
+QUIET_S = 0.03
+"""How long after a taking the replacement waits: the workload that took starts meanwhile."""
 
 
 @dataclass(slots=True)
@@ -117,29 +121,44 @@ class Lobby:
         """What the filler has not come to; it takes out what it has made."""
         self._filler: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._taken = 0.0
 
     def take_bare(self) -> Bare:
         """A waiting namespace, or else a new one."""
+        self._taken = time.monotonic()
         if self._bare:
             return self._bare.popleft()
         return make_bare()
 
     def take_wired(self) -> Wired | None:
         """A waiting wired namespace, if there is one."""
+        self._taken = time.monotonic()
         return self._wired.popleft() if self._wired else None
+
+    def _rest_s(self, *, wired: bool) -> float:
+        """How long filling can wait: 0 when little is left, or nobody takes any more."""
+        if len(self._bare) < 2 or (wired and len(self._wired) < self._want_wired // 2):
+            return 0.0
+        return max(0.0, self._taken + QUIET_S - time.monotonic())
 
     @property
     def filling(self) -> bool:
         """Whether something is being made."""
         return bool(self._ordered)
 
-    def fill(self, cable: Callable[[], Cable] | None, spare: Callable[[Cable], None]) -> None:
-        """Order what lacks; `cable` (None: no wired ones) plans one more.
+    def fill(
+        self, cable: Callable[[], Cable] | None, spare: Callable[[Cable], None]
+    ) -> float | None:
+        """Order what lacks, or say in how many seconds it should be; `cable` plans one more.
 
-        Both functions are called on this thread only: plans that came to nothing go to `spare`.
+        Without `cable` none are wired. Both functions are called on this thread only: plans that
+        came to nothing go to `spare`.
         """
         if self._failure is not None:
             self.settle(spare)
+        rest_s = self._rest_s(wired=cable is not None)
+        if rest_s:
+            return rest_s
         orders: list[Cable | None] = []
         ordered = list(self._ordered)
         if cable is not None:
@@ -147,13 +166,14 @@ class Lobby:
             orders += [cable() for _ in range(self._want_wired - waiting)]
         orders += [None] * (self._want_bare - len(self._bare) - ordered.count(None))
         if not orders:
-            return
+            return None
         self._ordered += orders
         for order in orders:
             self._orders.put(order)
         if self._filler is None:
             self._filler = threading.Thread(target=self._run, name="network-lobby")
             self._filler.start()
+        return None
 
     def _run(self) -> None:
         home = netns.current()

@@ -516,11 +516,10 @@ class NetworkManager:
         wait = self._bridges.sweep()
         self._bridges.recheck_docker()
         plan = self._wiring.plan_default if default is not None else None
-        self._lobby.fill(plan, self._wiring.spare)
-        waits = [one for one in (wait, soon) if one is not None]
+        waits = [wait, soon, self._lobby.fill(plan, self._wiring.spare)]
         if self._bridges.active:
             waits.append(DOCKER_EACH_S)
-        return min(waits, default=None)
+        return min((one for one in waits if one is not None), default=None)
 
     def helpers(self) -> _Processes:
         """The processes the holder must supervise now: (name, argv, environment)."""
