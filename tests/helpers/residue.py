@@ -56,16 +56,16 @@ def _processes() -> set[str]:
 
 
 def _of_another(process: str, before: set[str]) -> bool:
-    """Whether it was started by somebody who was there before and is neither init nor this test.
+    """Whether it was started by somebody who was there before: not init, not this test, none of us.
 
-    What outlives its parents is init's child; what we start is ours. Only a shell or service beside
-    the test has children of its own.
+    What outlives its parents is init's child, and what our own long-lived processes start is ours.
+    Only a shell or service beside the test has children of its own.
     """
-    old = {entry.partition(" ")[0] for entry in before}
+    old = {pid: command for pid, _, command in (entry.partition(" ") for entry in before)}
     pid = process.partition(" ")[0]
     while pid not in old and pid not in ("0", "1"):
         pid = _parent(pid)
-    return pid not in ("0", "1", str(os.getpid()))
+    return pid not in ("0", "1", str(os.getpid())) and "bulkhead" not in old[pid]
 
 
 def _namespaces() -> set[str]:
