@@ -106,7 +106,8 @@ _FLAG = re.compile(r"^ {2,6}(?:-(?P<short>\w), )? *--(?P<long>[\w-]+)(?P<value> 
 
 _OURS_ALONE = frozenset(
     (
-        "image bootstrap", "explain", "doctor", "serve", "completion", "system shutdown", "search",
+        "image bootstrap", "explain", "doctor", "serve", "completion", "system shutdown", "system reservations",
+        "search",
         "kernel add", "kernel ls", "kernel pull", "kernel rm",
     )
 )  # fmt: skip

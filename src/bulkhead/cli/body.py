@@ -18,6 +18,7 @@ HOST_PLAIN = {
     "init": "Init", "ipc": "IpcMode", "memory": "Memory", "memory-reservation": "MemoryReservation",
     "memory-swap": "MemorySwap", "memory-swappiness": "MemorySwappiness", "oom-kill-disable":
     "OomKillDisable", "oom-score-adj": "OomScoreAdj", "pid": "PidMode", "pids-limit": "PidsLimit",
+    "reserve-cpus": "ReserveCpus", "reserve-io": "ReserveIo", "reserve-memory": "ReserveMemory",
     "privileged": "Privileged", "publish-all": "PublishAllPorts", "read-only": "ReadonlyRootfs",
     "rm": "AutoRemove", "shm-size": "ShmSize", "sysctl": "Sysctls", "userns": "UsernsMode",
     "uts": "UTSMode", "volume-driver": "VolumeDriver", "volumes-from": "VolumesFrom",

@@ -9,7 +9,8 @@ _COMMON = ("run", "exec", "ps", "pull", "push", "images", "login", "logout", "ve
 
 _METAVAR = {
     "bool": "", "string": "string", "list": "list", "strings": "strings", "int": "int",
-    "uint": "uint", "decimal": "decimal", "bytes": "bytes", "duration": "duration", "map": "map",
+    "uint": "uint", "decimal": "decimal", "percent": "percent", "bytes": "bytes",
+    "duration": "duration", "map": "map",
 }  # fmt: skip
 
 

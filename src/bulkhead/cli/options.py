@@ -25,7 +25,7 @@ class Option:
     """One flag: its spelling, kind, and how it is explained and completed.
 
     `kind` is a key of KINDS: bool, string, list (repeats), strings (repeats and splits at commas),
-    int, uint, decimal, bytes, duration, map (repeats, KEY=VALUE → dict).
+    int, uint, decimal, percent, bytes, duration, map (repeats, KEY=VALUE → dict).
     """
 
     __slots__ = (
@@ -278,6 +278,10 @@ def parse_duration(text: str) -> int:
     return sign * round(total)
 
 
+def _percent(text: str) -> int:
+    return _uint(text.removesuffix("%"))
+
+
 def _map(text: str) -> dict[str, str]:
     key, equals, value = text.partition("=")
     if not key or not equals:
@@ -293,6 +297,7 @@ KINDS: dict[str, Callable[[str], Any]] = {
     "int": _int,
     "uint": _uint,
     "decimal": _decimal,
+    "percent": _percent,
     "bytes": parse_bytes,
     "duration": parse_duration,
     "map": _map,
@@ -306,6 +311,7 @@ EMPTY: dict[str, Any] = {
     "int": 0,
     "uint": 0,
     "decimal": 0,
+    "percent": 0,
     "bytes": 0,
     "duration": 0,
     "map": {},

@@ -72,6 +72,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "volume rm": ("volume", "Remove one or more volumes"),
     "system df": ("df", "Show disk usage"),
     "system prune": ("system", "Remove unused data"),
+    "system reservations": ("reservations", "Show what is reserved, and what is free"),
     "system shutdown": ("system", "Stop the engine and all that belongs to it"),
 }
 

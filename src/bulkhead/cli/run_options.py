@@ -20,6 +20,9 @@ RESOURCES: tuple[Option, ...] = (
     _O("--memory-reservation", "bytes", "Memory soft limit"),
     _O("--memory-swap", "bytes", "Swap limit equal to memory plus swap: -1 for unlimited swap"),
     _O("--pids-limit", "int", "Limit the number of processes (-1 for unlimited)"),
+    _O("--reserve-cpus", "decimal", "CPUs guaranteed to it (whole ones are its own, if possible)"),
+    _O("--reserve-io", "percent", "Guaranteed part of the disk's time, in percent"),
+    _O("--reserve-memory", "bytes", "Memory guaranteed to it"),
     _O("--restart", "string", "Restart policy: no, always, unless-stopped, on-failure[:MAX]"),
 )
 

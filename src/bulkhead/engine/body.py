@@ -165,6 +165,12 @@ class Resources(Part):
     cpu_percent: int = 0
     io_maximum_iops: int = 0
     io_maximum_bandwidth: int = 0
+    reserve_cpus: int = 0
+    """Ours: billionths of a processor that it is to have whenever it wants them."""
+    reserve_memory: int = 0
+    """Ours: bytes."""
+    reserve_io: int = 0
+    """Ours: percent of the time of the disk that the store is on."""
 
 
 class LogConfig(Part):

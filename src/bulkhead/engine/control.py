@@ -198,19 +198,27 @@ class Control:
             merged = self._merge(record.host, wanted)
             options.check_resources(merged, warnings)
             options.check_restart(merged.restart_policy, auto_remove=merged.auto_remove)
-            if workload.running:
-                await self._apply(workload, merged)
-            if wanted.port_bindings is not None:
-                merged.port_bindings = wanted.port_bindings
-                merge.complete_ports(merged)
+            with self._engine.reservations.changing(record, merged):
                 if workload.running:
-                    self._engine.networks.publish(record.id, self._engine.attach_ports(merged))
-                    workload.settings = self._engine.networks.settings(record.id)
-                    self._engine.tend_networks()
-            record.host = merged
-            self._engine.workloads.save(workload)
+                    await self._apply(workload, merged)
+                self._publish(workload, merged, wanted)
+                record.host = merged
+                self._engine.workloads.save(workload)
+            self._engine.reservations.rebalance()
         self._engine.events.emit("container", "update", record.id, attributes(workload))
         return warnings
+
+    def _publish(
+        self, workload: Workload, merged: body.HostConfig, wanted: body.UpdateBody
+    ) -> None:
+        if wanted.port_bindings is None:
+            return
+        merged.port_bindings = wanted.port_bindings
+        merge.complete_ports(merged)
+        if workload.running:
+            self._engine.networks.publish(workload.id, self._engine.attach_ports(merged))
+            workload.settings = self._engine.networks.settings(workload.id)
+            self._engine.tend_networks()
 
     async def _apply(self, workload: Workload, merged: body.HostConfig) -> None:
         instance: object = workload.instance

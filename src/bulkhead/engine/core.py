@@ -22,6 +22,7 @@ from bulkhead.engine.lifecycle import Lifecycle
 from bulkhead.engine.processes import Processes
 from bulkhead.engine.records import Record, Workload, Workloads
 from bulkhead.engine.removal import Removal
+from bulkhead.engine.reservations import Reservations
 from bulkhead.engine.spares import Spares
 from bulkhead.errors import BulkheadError, NotFound
 from bulkhead.home import Home
@@ -79,6 +80,7 @@ class Engine:
         self.execs = Execs(self)
         self.health = Health(self)
         self.spares = Spares(self)
+        self.reservations = Reservations(self)
 
     # --- beginning and end
 

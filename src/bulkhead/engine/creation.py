@@ -28,6 +28,7 @@ def create(
     with contextlib.ExitStack() as undo:
         _volumes(engine, record, request, undo)
         workload = Workload(record)
+        engine.reservations.claim(record, record.host)
         engine.workloads.add(workload)
         undo.pop_all()
     return workload, warnings
@@ -48,6 +49,7 @@ def _checked(
     record = _record(engine, request, image, kind)
     record.kernel = kernel
     guests.check(record)
+    engine.reservations.check_processors(record)
     record.name = _name(engine, name)
     return record, warnings
 

@@ -120,6 +120,14 @@ def _config(record: Record) -> dict[str, Any]:
     return config
 
 
+def _host(record: Record) -> dict[str, Any]:
+    host: dict[str, Any] = msgspec.to_builtins(record.host)
+    for name in ("ReserveCpus", "ReserveMemory", "ReserveIo"):  # ours: shown if they are set
+        if not host[name]:
+            del host[name]
+    return host
+
+
 def inspect(engine: "Engine", workload: Workload, *, size: bool = False) -> dict[str, Any]:
     """Docker's ContainerInspectResponse."""
     record = workload.record
@@ -147,7 +155,7 @@ def inspect(engine: "Engine", workload: Workload, *, size: bool = False) -> dict
             key for key, one in workload.execs.items() if one.state == "running" and one.pid
         ]
         or None,
-        "HostConfig": msgspec.to_builtins(record.host),
+        "HostConfig": _host(record),
         "GraphDriver": {
             "Name": "erofs",
             "Data": {"UpperDir": f"{home}/upper", "WorkDir": f"{home}/work"},

@@ -54,9 +54,13 @@ async def launch(engine: "Engine", workload: Workload, start: Start) -> Launched
         undo.callback(engine.networks.release, record.id)
         await engine.processes.sync_helpers()
         facts = _facts(engine, workload, attachment, rootfs, sources, start)
+        spec = specgen.generate(record, facts)
+        engine.reservations.prepare(record)
+        undo.callback(engine.reservations.settled, record)
+        engine.reservations.shape(record, spec)
         bundle = Bundle(
             id=record.id,
-            spec=specgen.generate(record, facts),
+            spec=spec,
             rootfs=rootfs,
             directory=engine.home.workload_run(record.id),
             nics=guests.nics(record, attachment.netns_path, undo),

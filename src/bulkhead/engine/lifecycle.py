@@ -99,6 +99,7 @@ class Lifecycle:
             self._early.pop(record.id, None)  # a guest's monitor, whose workload never ran
             workload.cleaned.set()
             self._record_failure(workload, error)
+            engine.reservations.rebalance()
             raise
         self._launching.discard(record.id)
         self._started(workload, launched)
@@ -120,6 +121,8 @@ class Lifecycle:
     def _started(self, workload: Workload, launched: Launched) -> None:
         engine, record = self._engine, workload.record
         launching.record_start(record, launched, engine.boot_id)
+        engine.reservations.settled(record)
+        engine.reservations.rebalance()
         # Not flushed: after a loss of power nothing runs, whatever the record says.
         engine.workloads.save(workload, durable=False)
         engine.events.emit("container", "start", record.id, attributes(workload))
@@ -242,6 +245,7 @@ class Lifecycle:
                     await instance.kill(signal.SIGKILL, everyone=True)
                 await self._delete(workload, instance, erase=erase)
                 parents.give_back(record)
+            engine.reservations.rebalance()
             engine.volumes.release(record.id)
             engine.drop_shm(record)
             await engine.processes.forget(record.id)

@@ -80,6 +80,8 @@ class Record(msgspec.Struct, omit_defaults=True):
     """The topmost group above its own that we made for `--cgroup-parent`."""
     kernel: str = ""
     """The guest kernel that was asked for."""
+    pinned: str = ""
+    """Processors of its own, by a reservation of whole ones."""
 
     @property
     def durable(self) -> bool:

@@ -66,6 +66,7 @@ async def run(engine: "Engine") -> None:
         if event is not None or workload.running:
             await _load_ended(engine, workload)
             await engine.lifecycle.finish(workload, status, finished)
+    engine.reservations.rebalance()
     engine.processes.listen()
     await _sweep(engine, entries)
     _start(engine, was_up)

@@ -78,6 +78,7 @@ class Removal:
         """Step 3, with the anonymous volumes if asked for; its name is free afterwards."""
         engine, record = self._engine, workload.record
         engine.workloads.discard(workload)
+        engine.reservations.released(record)
         engine.spares.reconcile()
         if record.host.auto_remove:
             self._departed[record.id] = engine.control.outcome(record)

@@ -171,6 +171,12 @@ async def info(engine: Engine, params: Nothing, call: Call) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@METHODS.method("system.reservations", Nothing)
+async def reservations(engine: Engine, params: Nothing, call: Call) -> dict[str, Any]:
+    """What can be reserved, what is, what is free, and by whom."""
+    return engine.reservations.describe()
+
+
 @METHODS.method("system.df", Nothing)
 async def df(engine: Engine, params: Nothing, call: Call) -> dict[str, Any]:
     """Docker's disk usage."""

@@ -304,6 +304,7 @@ _SHOWN = (
     "cpuset.cpus.effective",
     "cpuset.mems",
     "memory.max",
+    "memory.min",
     "memory.low",
     "memory.high",
     "memory.swap.max",
