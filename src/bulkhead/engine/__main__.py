@@ -1,4 +1,4 @@
-"""`python -m bulkhead.engine [--root DIR] [--run DIR]`: serve one installation until told to stop.
+"""`python -m bulkhead.engine [--root DIR] [--run DIR] [--host URL…]`: serve one installation.
 
 Stays in the foreground; a client that needs an engine starts it as a process of its own session
 (client/start.py), systemd by the units in `engine/units`. Exit codes: 0 stopped as asked, 1 could
@@ -11,7 +11,7 @@ import logging
 import sys
 
 from bulkhead import home
-from bulkhead.engine import bootstrap
+from bulkhead.engine import bootstrap, hosts
 from bulkhead.errors import BulkheadError
 
 
@@ -25,6 +25,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--log-level", default="info", choices=("debug", "info", "warning", "error")
     )
+    parser.add_argument(
+        "-H", "--host", action="append", default=[],
+        help="where to serve the Docker Engine API: unix://PATH, or tcp://ADDRESS:PORT with TLS",
+    )  # fmt: skip
+    parser.add_argument("--tlsverify", action="store_true", help="demand clients' certificates")
+    parser.add_argument("--tlscacert", default="", help="certificates that sign clients'")
+    parser.add_argument("--tlscert", default="", help="the server's certificate")
+    parser.add_argument("--tlskey", default="", help="its key")
     return parser.parse_args()
 
 
@@ -37,9 +45,14 @@ def main() -> int:
         stream=sys.stderr,
     )
     place = home.default(arguments.root, arguments.run)
+    places = hosts.Places(
+        tuple(arguments.host), verify=arguments.tlsverify, authority=arguments.tlscacert,
+        certificate=arguments.tlscert, key=arguments.tlskey,
+    )  # fmt: skip
     try:
+        hosts.check(places)
         bootstrap.prepare(place)
-        asyncio.run(bootstrap.serve(place))
+        asyncio.run(bootstrap.serve(place, places))
     except BulkheadError as error:
         sys.stderr.write(f"bulkhead: {error}\n")
         return 1

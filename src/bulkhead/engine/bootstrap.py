@@ -18,8 +18,9 @@ import socket
 import stat
 import sys
 
-from bulkhead.engine import rpc
+from bulkhead.engine import hosts, rpc
 from bulkhead.engine.core import Engine
+from bulkhead.engine.doors import Door
 from bulkhead.engine.server import Server
 from bulkhead.errors import Conflict, Denied, Unavailable
 from bulkhead.home import Home
@@ -33,6 +34,7 @@ _CLONE_NEWNS = 0x00020000
 _MS_REC, _MS_SLAVE = 0x4000, 0x80000
 _BACKLOG = 512
 GROUP = "bulkhead"
+DOCKER = "docker.sock"
 _locks: list[int] = []
 
 
@@ -160,7 +162,7 @@ def _tune() -> None:
     sys.setswitchinterval(0.0005)
 
 
-async def serve(home: Home) -> None:
+async def serve(home: Home, places: hosts.Places = hosts.NOWHERE) -> None:
     """Open the records, repair what an earlier engine left, serve until asked to stop."""
     async with contextlib.AsyncExitStack() as undo:
         database = Database(home.in_root("state.db"))
@@ -168,22 +170,53 @@ async def serve(home: Home) -> None:
         engine = Engine(home, database)
         undo.push_async_callback(engine.close)
         await engine.open()
-        server = Server(engine, rpc.methods())
+        methods = rpc.methods()
+        server = Server(engine, methods)
+        door = Door(engine, methods)
         _tune()
         undo.push_async_callback(server.close)
-        sockets = activated()
-        if not sockets:
-            path = home.in_run("engine.sock")
-            sockets = [bind(path)]
-            undo.callback(_unlink, path)
-        for sock in sockets:
-            server.listen(sock)
+        undo.push_async_callback(door.close)
+        _listen(home, places, server, door, undo)
         for number in (signal.SIGTERM, signal.SIGINT):
             engine.loop.add_signal_handler(number, engine.stopping.set)
         notify("READY=1")
         log.info("serving %s (process %d)", home.root, os.getpid())
         await engine.stopping.wait()
         notify("STOPPING=1")
+
+
+def _listen(
+    home: Home, places: hosts.Places, server: Server, door: Door, undo: contextlib.AsyncExitStack
+) -> None:
+    """Open our own socket and those of Docker's API, or take what the service manager passed."""
+    passed = activated()
+    ours = [sock for sock in passed if not _of_docker(sock)]
+    path = home.in_run("engine.sock")
+    if not ours:
+        ours = [bind(path)]
+        undo.callback(_unlink, path)
+    for sock in ours:
+        server.listen(sock)
+    for sock in passed:
+        if _of_docker(sock):
+            door.listen(sock)
+    wanted = places.addresses or (
+        () if len(passed) > len(ours) else (f"unix://{home.run}/{DOCKER}",)
+    )
+    for address in wanted:
+        where = hosts.parse(address)
+        if where.path:
+            door.listen(bind(where.path))
+            undo.callback(_unlink, where.path)
+        else:
+            door.listen(hosts.bind(where), hosts.context(places))
+        log.info("serving the Docker Engine API on %s", address)
+
+
+def _of_docker(sock: socket.socket) -> bool:
+    """Whether a passed socket is one for Docker's API: by its name."""
+    name = sock.getsockname() if sock.family == socket.AF_UNIX else ""
+    return isinstance(name, str) and os.path.basename(name).startswith("docker")
 
 
 def _unlink(path: str) -> None:

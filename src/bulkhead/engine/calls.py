@@ -7,7 +7,7 @@ keys are refused, so a mistyped option is an error and never ignored.
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
@@ -16,7 +16,6 @@ from bulkhead.linux.fds import OwnedFd
 
 if TYPE_CHECKING:
     from bulkhead.engine.core import Engine
-    from bulkhead.engine.server import Connection
 
 
 class Params(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -27,13 +26,27 @@ class Nothing(Params, frozen=True):
     """For methods without parameters."""
 
 
+class Peer(Protocol):
+    """Who asked: a connection of ours, or another door's."""
+
+    @property
+    def uid(self) -> int:
+        """The user id."""
+
+    def send_item(self, identity: int, value: object) -> None:
+        """Queue one item of request `identity`."""
+
+    async def drained(self) -> None:
+        """Return when there is room for more, or the client is gone."""
+
+
 class Call:
     """What a handler may do besides returning its result: take descriptors, send items."""
 
     __slots__ = ("_connection", "fds", "id", "method", "raw")
 
     def __init__(
-        self, connection: "Connection", identity: int, method: str, raw: bytes, fds: list[OwnedFd]
+        self, connection: Peer, identity: int, method: str, raw: bytes, fds: list[OwnedFd]
     ) -> None:
         self._connection = connection
         self.id = identity

@@ -17,8 +17,8 @@ from bulkhead.rpc import wire
 
 METHODS = Table()
 VERSION = "0.1.0"
-API_VERSION, API_MINIMUM = "1.51", "1.40"
-_FILTER_KEYS = frozenset(
+API_VERSION, API_MINIMUM = "1.50", "1.40"
+EVENT_FILTERS = frozenset(
     str.split("container daemon event image label network scope type volume plugin config")
 )
 
@@ -69,6 +69,10 @@ async def version(engine: Engine, params: Nothing, call: Call) -> dict[str, Any]
                 "Details": {
                     "ApiVersion": API_VERSION,
                     "MinAPIVersion": API_MINIMUM,
+                    "BuildTime": "",
+                    "Experimental": "false",
+                    "GitCommit": "",
+                    "GoVersion": f"python {python}",
                     "Arch": arch,
                     "Os": "linux",
                     "KernelVersion": system.release,
@@ -186,7 +190,7 @@ async def df(engine: Engine, params: Nothing, call: Call) -> dict[str, Any]:
 @METHODS.method("system.events", Events)
 async def events(engine: Engine, params: Events, call: Call) -> None:
     """A stream of events."""
-    wanted = filters.normalise(params.filters, _FILTER_KEYS)
+    wanted = filters.normalise(params.filters, EVENT_FILTERS)
     since, until = filters.moment_ns(params.since), filters.moment_ns(params.until)
     async with contextlib.aclosing(engine.events.stream(since, until, wanted)) as stream:
         async for event in stream:

@@ -1,0 +1,51 @@
+"""`/build`, `/build/prune`, `/session`: the classic builder; BuildKit's session is refused."""
+
+from importlib import import_module
+from typing import Any
+
+from bulkhead.api.answers import Failed, Reply
+from bulkhead.api.exchange import Exchange, Item, with_upload
+from bulkhead.api.registry_auth import registry_config
+from bulkhead.api.routes import ROUTES
+from bulkhead.api.transfers import progress
+
+NO_BUILDKIT = (
+    "BuildKit's session protocol is not served here: build with DOCKER_BUILDKIT=0, or with "
+    "'bulkhead build', which takes the same Dockerfiles"
+)
+
+
+@ROUTES.add("POST", "/session")
+@ROUTES.add("POST", "/grpc")
+async def session(x: Exchange) -> Reply:
+    """BuildKit's way in."""
+    raise Failed(501, NO_BUILDKIT)
+
+
+def _available(x: Exchange, method: str) -> None:
+    if method not in x.methods:
+        raise Failed(501, "this engine does not build images")
+
+
+@ROUTES.add("POST", "/build")
+async def build(x: Exchange) -> object:
+    """Build an image of the context in the body."""
+    if x.text("version") == "2" or x.text("session"):
+        raise Failed(501, NO_BUILDKIT)
+    _available(x, "build.run")
+    classic = import_module("bulkhead.build.classic")
+    params: dict[str, Any] = classic.parameters(x.query, registry_config(x))
+
+    async def work(item: Item) -> Any:
+        return await with_upload(x, lambda file: x.call("build.run", params, [file], item))
+
+    return await progress(x, work)
+
+
+@ROUTES.add("POST", "/build/prune")
+async def prune(x: Exchange) -> dict[str, Any]:
+    """Empty the build cache."""
+    _available(x, "build.prune")
+    params = {"filters": x.filters(), "all": x.flag("all"), "keep": x.number("keep-storage") or 0}
+    found: dict[str, Any] = await x.call("build.prune", params)
+    return found

@@ -1,0 +1,146 @@
+"""From a request to its handler: versions, errors, the connections there are."""
+
+import asyncio
+import contextlib
+import logging
+import re
+import socket
+import ssl
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from bulkhead.api import (
+    absent,
+    answers,
+    archives,
+    builds,
+    containers,
+    extensions,
+    images,
+    networks,
+    processes,
+    streams,
+    system,
+    transfers,
+    volumes,
+)
+from bulkhead.api.answers import Reply
+from bulkhead.api.connection import Connection, Gone
+from bulkhead.api.exchange import Exchange
+from bulkhead.api.message import BadRequest, Head
+from bulkhead.api.routes import ROUTES, SENT
+from bulkhead.engine.calls import Method
+from bulkhead.errors import BulkheadError, Invalid, NotFound
+
+if TYPE_CHECKING:
+    from bulkhead.engine.core import Engine
+
+log = logging.getLogger("bulkhead.api")
+PARTS = (
+    absent, archives, builds, containers, extensions, images, networks, processes, streams,
+    system, transfers, volumes,
+)  # fmt: skip
+"""The modules that add routes."""
+
+MAXIMUM, MINIMUM = (1, 50), (1, 40)
+MAX_CONNECTIONS = 2048
+_VERSION = re.compile(r"/v(\d{1,4})\.(\d{1,4})(?=/|$)")
+
+
+def version_of(path: str) -> tuple[tuple[int, int], str]:
+    """(API version, the path without it); Invalid for a version that is not served."""
+    match = _VERSION.match(path)
+    if match is None:
+        return MAXIMUM, path
+    asked = int(match[1]), int(match[2])
+    given = f"{asked[0]}.{asked[1]}"
+    if asked > MAXIMUM:
+        raise Invalid(
+            f"client version {given} is too new. Maximum supported API version is {{}}.{{}}".format(
+                *MAXIMUM
+            )
+        )
+    if asked < MINIMUM:
+        raise Invalid(
+            f"client version {given} is too old. Minimum supported API version is "
+            "{}.{}, please upgrade your client to a newer version".format(*MINIMUM)
+        )
+    return asked, path[match.end() :] or "/"
+
+
+class Service:
+    """Serves the clients of one engine."""
+
+    def __init__(self, engine: "Engine", methods: Mapping[str, Method]) -> None:
+        self._engine = engine
+        self._methods = methods
+        self.connections: set[Connection] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def accept(self, sock: socket.socket, tls: ssl.SSLContext | None = None) -> None:
+        """Serve a client that has just connected."""
+        if len(self.connections) >= MAX_CONNECTIONS:
+            log.warning("more than %d clients of the API: one is turned away", MAX_CONNECTIONS)
+            sock.close()
+            return
+        sock.setblocking(False)
+        task = self._engine.loop.create_task(self._connect(sock, tls))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _connect(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
+        try:
+            await self._engine.loop.connect_accepted_socket(
+                lambda: Connection(self.handle, self.connections),
+                sock,
+                ssl=tls,
+                ssl_handshake_timeout=30.0 if tls else None,
+            )
+        except (OSError, TimeoutError) as error:
+            log.info("a client of the API was not let in: %s", error)
+            sock.close()
+
+    async def handle(self, connection: Connection, head: Head) -> None:
+        """Answer one request."""
+        head.version = MAXIMUM
+        exchange = Exchange(self._engine, self._methods, connection, head)
+        try:
+            reply = await self._answer(exchange, head)
+        except BadRequest as error:
+            head.keep_alive = False
+            reply = answers.refusal(error)
+        except BulkheadError as error:
+            reply = answers.refusal(error)
+        except Gone:
+            connection.transport.close()
+            return
+        except Exception as error:
+            log.exception("%s %s failed unexpectedly", head.method, head.path)
+            reply = Reply(
+                500, text=answers.error_body(f"unexpected {type(error).__name__}: {error}")
+            )
+        if reply is None:
+            return
+        if connection.began:
+            connection.transport.close()  # too late to say it: cut off
+            return
+        exchange.send(reply)
+
+    async def _answer(self, exchange: Exchange, head: Head) -> Reply | None:
+        head.version, path = version_of(head.path)
+        found = ROUTES.find(head.method, path)
+        if found is None:
+            raise NotFound("page not found")
+        handler, exchange.at = found
+        result = await handler(exchange)
+        if result is SENT:
+            return None
+        return result if isinstance(result, Reply) else Reply(200, result)
+
+    async def close(self) -> None:
+        """End every connection."""
+        for task in list(self._tasks):
+            task.cancel()
+        for connection in list(self.connections):
+            with contextlib.suppress(Exception):
+                await connection.finish()

@@ -1,0 +1,78 @@
+"""Sockets on which others than our own clients are served, by modules imported when they come.
+
+The engine knows such a module by its name only (it stands above the engine) and imports it at the
+first connection, so that a door which nobody uses costs a listening socket and no memory.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol
+
+from bulkhead.engine.calls import Method
+
+if TYPE_CHECKING:
+    from bulkhead.engine.core import Engine
+
+log = logging.getLogger("bulkhead.engine")
+
+DOCKER = ("bulkhead.api.service", "Service")
+"""(module, class) of the Docker Engine API; the class is called with the engine and its methods."""
+
+
+class Host(Protocol):
+    """Who serves a door's clients."""
+
+    def accept(self, sock: socket.socket, tls: ssl.SSLContext | None = None) -> None:
+        """Serve a client that has just connected."""
+
+    async def close(self) -> None:
+        """End every connection."""
+
+
+class Door:
+    """Listening sockets, and behind them what serves who comes in."""
+
+    def __init__(
+        self, engine: "Engine", methods: Mapping[str, Method], host: tuple[str, str] = DOCKER
+    ) -> None:
+        self._engine = engine
+        self._methods = methods
+        self._name = host
+        self._host: Host | None = None
+        self._listening: list[socket.socket] = []
+        self._loop = asyncio.get_running_loop()
+
+    def listen(self, sock: socket.socket, tls: Callable[[], ssl.SSLContext] | None = None) -> None:
+        """Serve a socket that is bound and listening; it belongs to the door from now on."""
+        sock.setblocking(False)
+        self._listening.append(sock)
+        self._loop.add_reader(sock.fileno(), self._accept, sock, tls)
+
+    def _accept(self, listening: socket.socket, tls: Callable[[], ssl.SSLContext] | None) -> None:
+        for _ in range(64):
+            try:
+                sock, _ = listening.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                log.warning("cannot accept a client: %s", error)
+                return
+            if self._host is None:
+                module, name = self._name
+                self._host = getattr(import_module(module), name)(self._engine, self._methods)
+            self._host.accept(sock, tls() if tls else None)
+
+    async def close(self) -> None:
+        """Stop listening and end every connection."""
+        for sock in self._listening:
+            with contextlib.suppress(OSError):
+                self._loop.remove_reader(sock.fileno())
+            sock.close()
+        self._listening.clear()
+        if self._host is not None:
+            await self._host.close()
