@@ -22,6 +22,7 @@
 #define WINDOW (256u << 10)   /* bytes of a stream that may be under way without a CREDIT */
 #define MESSAGE_MAX (4u << 20) /* of a message put together from fragments */
 #define PROCESSES_MAX 256u
+#define FIRST_CLIENT_ID 0x10000u /* the script's ids are below; of clients nothing but theirs may fail */
 
 enum frame_type {
     /* host to guest */
@@ -43,7 +44,7 @@ enum frame_type {
     G_DONE,        /* a set-up program or a FUSE mount */
     G_OUT,         /* arg stream (1, 2); payload bytes */
     G_EOF,         /* arg stream (1, 2; 0: nobody reads its input any more) */
-    G_EXITED,      /* arg wait status */
+    G_EXITED,      /* arg wait status; payload u32 kills for want of memory in this guest */
     G_DATA,        /* arg errno; payload bytes */
     G_FUSE,        /* id of the mount; payload what was read from /dev/fuse */
     G_CREDIT,      /* arg bytes of input taken */

@@ -126,7 +126,7 @@ static void end_launch(struct process *p)
         f.kind = g->state == S_EXEC_FAILED ? FAILED_EXEC : g->state == S_FAILED ? FAILED_STEP : FAILED_DIED;
         if (f.kind == FAILED_DIED)
             error = p->status;
-        setup_failed |= p->mode == MODE_SETUP && !p->silent;
+        setup_failed |= p->mode == MODE_SETUP && !p->silent && p->id < FIRST_CLIENT_ID;
         if (!p->silent)
             frame_add2(&outbox, G_FAILED, p->id, (uint32_t)error, &f, sizeof f, g->text,
                        strnlen(g->text, sizeof g->text));
@@ -294,7 +294,7 @@ static void on_run(const struct frame *f, char *bytes, size_t size)
         close_fd(&theirs[i]);
     if (problem) {
         refuse(f->id, error, problem);
-        setup_failed |= r.mode == MODE_SETUP;
+        setup_failed |= r.mode == MODE_SETUP && f->id < FIRST_CLIENT_ID;
         free_process(p);
     }
 }
@@ -315,6 +315,18 @@ static void pump_out(struct process *p, int i)
     }
     close_fd(&p->out[i]); /* its end; for a terminal that is EIO */
     tell(p, G_EOF, (uint32_t)i + 1);
+}
+
+/* How many processes this kernel has killed for want of memory. */
+static uint32_t oom_kills(void)
+{
+    static char text[32768];
+    int fd = booted ? open("/proc/vmstat", O_RDONLY | O_CLOEXEC) : -1;
+    ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+    close_fd(&fd);
+    text[n < 0 ? 0 : n] = 0;
+    const char *at = strstr(text, "\noom_kill ");
+    return at ? (uint32_t)strtoul(at + 10, NULL, 10) : 0;
 }
 
 static void stop_input(struct process *p)
@@ -352,7 +364,9 @@ static void announce_end(struct process *p)
         }
     stop_input(p);
     p->told = 1;
-    tell(p, G_EXITED, (uint32_t)p->status);
+    uint32_t kills = oom_kills();
+    if (!p->silent)
+        frame_add(&outbox, G_EXITED, p->id, (uint32_t)p->status, &kills, sizeof kills);
 }
 
 static void ended(struct process *p, int status)
@@ -642,10 +656,12 @@ static void serve_processes(void)
     serve_mounts();
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     const char *wanted = getenv("BULKHEAD_GUEST_CHANNEL"), *problem = NULL;
     static const uint8_t no_nonce[16];
+    if (getpid() != 1 && argc > 1)
+        return tool_main(argc, argv);
     if (getpid() != 1) {
         fprintf(stderr, "bulkhead-guest is the process 1 of a guest\n");
         return 2;

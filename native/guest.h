@@ -1,4 +1,4 @@
-/* What guest.c, guest_boot.c and guest_files.c share. */
+/* What guest.c, guest_boot.c, guest_files.c and guest_tool.c share. */
 #ifndef BULKHEAD_GUEST_H
 #define BULKHEAD_GUEST_H
 
@@ -13,6 +13,9 @@ extern struct buffer outbox; /* to the monitor */
 
 /* To the kernel's log and, once there is a channel, to the monitor. */
 __attribute__((format(printf, 1, 2))) void say(const char *format, ...);
+
+/* The other role, of one that is not process 1 (guest_tool.c); its exit code. */
+int tool_main(int argc, char **argv);
 
 /* Load modules, make the root; 1. */
 int boot(void);

@@ -9,7 +9,7 @@
  *       --socket PATH   listen for exec and for the engine; SEQPACKET, a packet is a frame
  *       --report PATH   connect and send one STARTED or FAILED; SEQPACKET
  *       --files PATH    connect to the server of FUSE mounts; SOCK_STREAM of frames
- *       --detail FILE   how it ended, as JSON
+ *       --detail FILE   how it ended, as JSON, written into this file, which is there
  *       --clone         the guest was booted before: speak first
  *       --boot-seconds N   how long the guest may take to its HELLO (120)
  *       --window N      at most N bytes that the guest has not told to have read (TAKEN): for
@@ -51,35 +51,39 @@ static int vmm_ended, late, exit_code = FAILED_CODE;
 unsigned client_count, request_count, process_count;
 uint64_t deadline;
 static char console_tail[16384];
+#define LAST_WORDS 1024u /* of the console, in the report of a failure */
 static size_t console_size;
 
 /* --- the end ---------------------------------------------------------------------------------- */
 
 static void write_detail(const char *reason, const char *text)
 {
-    char path[4096];
-    snprintf(path, sizeof path, "%s.new", options.detail ? options.detail : "");
-    FILE *file = options.detail ? fopen(path, "we") : NULL;
+    FILE *file = options.detail ? fopen(options.detail, "we") : NULL;
     if (!file)
         return;
-    fprintf(file, "{\"reason\":\"%s\",\"code\":%d,\"wait_status\":%u,\"text\":", reason, exit_code,
-            main_process ? main_process->status : 0);
+    fprintf(file, "{\"reason\":\"%s\",\"code\":%d,\"wait_status\":%u,\"oom_kills\":%u,\"text\":", reason, exit_code,
+            main_process ? main_process->status : 0, main_process ? main_process->oom_kills : 0);
     put_json(file, text, strlen(text));
     fprintf(file, ",\"console\":");
     put_json(file, console_tail, console_size);
     fprintf(file, "}\n");
-    if (!fclose(file))
-        rename(path, options.detail);
+    fclose(file);
+}
+
+static void report_failure(int fd, uint32_t id, int error, const char *text, size_t size)
+{
+    char payload[sizeof(struct failed) + 600 + LAST_WORDS + 1];
+    struct failed f = {.kind = FAILED_REFUSED};
+    if (size > sizeof payload - sizeof f)
+        size = sizeof payload - sizeof f;
+    memcpy(payload, &f, sizeof f);
+    memcpy(payload + sizeof f, text, size);
+    send_packet(fd, G_FAILED, id, (uint32_t)error, payload, sizeof f + size);
 }
 
 void report_refusal(int fd, uint32_t id, int error, const char *text)
 {
-    char payload[sizeof(struct failed) + 512];
-    struct failed f = {.kind = FAILED_REFUSED};
-    size_t size = strnlen(text, 512);
-    memcpy(payload, &f, sizeof f);
-    memcpy(payload + sizeof f, text, size);
-    send_packet(fd, G_FAILED, id, (uint32_t)error, payload, sizeof f + size);
+    report_failure(fd, id, error, text, strnlen(text, 512));
 }
 
 _Noreturn void leave(const char *reason, const char *text)
@@ -93,6 +97,8 @@ _Noreturn void leave(const char *reason, const char *text)
     exit(exit_code);
 }
 
+static void read_console(void);
+
 _Noreturn void fail(const char *format, ...)
 {
     char text[600];
@@ -100,12 +106,18 @@ _Noreturn void fail(const char *format, ...)
     va_start(list, format);
     vsnprintf(text, sizeof text, format, list);
     va_end(list);
+    read_console(); /* as much as a pipe has at once */
     /* What a client reads by is the report; the streams get it too if the workload had begun. */
     if (stage == ENDING)
         leave("exited", text);
-    if (report >= 0)
-        report_refusal(report, 0, EIO, text);
-    else
+    if (report >= 0) {
+        /* With the last words of the console, which Python makes fit for people. */
+        char whole[sizeof text + LAST_WORDS + 1];
+        size_t last = console_size < LAST_WORDS ? console_size : LAST_WORDS, size = strlen(text) + 1;
+        memcpy(whole, text, size);
+        memcpy(whole + size, console_tail + console_size - last, last);
+        report_failure(report, 0, EIO, whole, size + last);
+    } else
         dprintf(2, "bulkhead-monitor: %s\n", text);
     exit_code = FAILED_CODE;
     leave("failed", text);
@@ -276,8 +288,8 @@ static void on_signals(void)
 
 static void read_console(void)
 {
-    char bytes[4096];
-    ssize_t n = read(console, bytes, sizeof bytes);
+    static char bytes[sizeof console_tail];
+    ssize_t n = console < 0 ? -1 : read(console, bytes, sizeof bytes);
     if (n > 0)
         remember(bytes, (size_t)n);
     else if (n == 0)

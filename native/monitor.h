@@ -15,7 +15,6 @@
 #define REQUESTS_MAX 512u
 #define CHUNK 32768u
 #define KILL_SIGNAL 63 /* the real-time signal by which the workload is killed, not the guest */
-#define FIRST_CLIENT_ID 0x10000u
 #define VMM_CHANNEL 9
 
 enum stage { BOOTING, GREETING, RUNNING, ENDING };
@@ -25,7 +24,7 @@ struct output { int fd, ended, at; struct buffer bytes; uint32_t unacked, flushe
 struct client { int fd, dead, at, fds[3], nfds; struct buffer run; struct client *next; };
 
 struct process {
-    uint32_t id, owner_id, mode, in_credit, status;
+    uint32_t id, owner_id, mode, in_credit, status, oom_kills;
     int started, exited, told, in, at_in;
     struct output out[2];
     struct client *owner;

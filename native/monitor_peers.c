@@ -181,12 +181,14 @@ static void on_started(struct process *p, const struct frame *f)
         send_resize();
 }
 
-static void on_exited(struct process *p, const struct frame *f)
+static void on_exited(struct process *p, const struct frame *f, const char *bytes)
 {
-    if (!p || !p->started || p->exited || f->arg > 0xffff)
+    if (!p || !p->started || p->exited || f->arg > 0xffff || f->length > sizeof p->oom_kills)
         fail("the guest broke the protocol: the end of no process");
     p->exited = 1;
     p->status = f->arg;
+    if (f->length == sizeof p->oom_kills)
+        memcpy(&p->oom_kills, bytes, sizeof p->oom_kills);
     if (p == main_process)
         deadline = now_ms(CLOCK_MONOTONIC) + 2000;
 }
@@ -286,7 +288,7 @@ static void on_guest_frame(const struct frame *f, const char *bytes)
         case G_DATA: on_answer(r, f, bytes); break;
         case G_OUT: on_out(p, f, bytes); break;
         case G_EOF: on_eof(p, f); break;
-        case G_EXITED: on_exited(p, f); break;
+        case G_EXITED: on_exited(p, f, bytes); break;
         case G_CREDIT: on_credit(p, f); break;
         case G_FUSE: on_fuse(r, f, bytes); break;
         default: fail("the guest broke the protocol: a frame of type %u", f->type);

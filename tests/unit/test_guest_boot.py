@@ -80,12 +80,14 @@ def test_a_kernel_that_cannot_be_read_leaves_nothing(home: Home, tmp_path: Path)
 def test_an_initramfs_is_a_cpio_archive_and_made_once(home: Home, tmp_path: Path) -> None:
     init = tmp_path / "guest-init"
     init.write_bytes(b"\x7fELF init")
+    (tmp_path / "bulkhead-init").write_bytes(b"\x7fELF reaper")
     modules = _modules(tmp_path)
     files = [str(modules / name) for name in ("a.ko", "b.ko")]
     made = initramfs.build(home, str(init), files, early=files[:1])
     assert made.modules == ("/modules/a.ko", "/modules/b.ko")
     entries = _cpio(Path(made.path).read_bytes())
     assert entries["init"] == (0o100755, b"\x7fELF init")
+    assert entries["bulkhead-init"] == (0o100755, b"\x7fELF reaper")
     assert entries["modules/b.ko"] == (0o100644, b"b")
     assert entries["modules/order"][1] == b"/modules/a.ko\n"
     assert entries["dev/console"][0] == 0o020600

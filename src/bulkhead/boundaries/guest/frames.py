@@ -33,6 +33,8 @@ MESSAGE_MAX = 4 << 20
 MORE = 1
 STREAMS = ("stdin", "stdout", "stderr")
 CONTEXT = 3
+MAIN = 1
+"""The id of a guest's main process."""
 
 HEADER = struct.Struct("<IBBHII")
 _RUN = struct.Struct("<IIIHH")
@@ -126,6 +128,12 @@ def run(
     return encode(Type.RUN, identity, 0, head + program)
 
 
+def run_packets(identity: int, program: bytes, mode: Mode, *, context: int = 0) -> list[bytes]:
+    """Likewise as packets for the monitor's socket, one frame each."""
+    head = _RUN.pack(0, mode, context, 0, 0)
+    return list(frames(Type.RUN, identity, 0, head + program))
+
+
 def hello(nonce: bytes, realtime_ns: int, entropy: bytes) -> bytes:
     """Begin: the guest forgets all, sets its clock, stirs in 32 bytes of `entropy`, answers with
     the nonce of 16 bytes.
@@ -168,12 +176,19 @@ def failure(frame: Frame, steps: Steps) -> LaunchFailed:
     if kind > _REFUSED or frame.arg > 0xFFFF:
         raise GuestProtocolError("the guest's FAILED frame makes no sense")
     if kind == _REFUSED:
-        what = text.decode("utf-8", "replace")
-        known = frame.arg in errno.errorcode
-        reason = f" ({os.strerror(frame.arg)})" if known else ""
-        message = f"the guest's init refused: {what}{reason}"
+        what, _, console = text.decode("utf-8", "replace").partition("\0")
+        known = frame.arg in errno.errorcode and not console
+        reason = f" ({os.strerror(frame.arg)})" if known else _last_words(console)
+        message = f"the guest's init refused: {what}{reason}" if frame.id else f"{what}{reason}"
         return LaunchFailed(message, step="run in the guest", errno=frame.arg)
     return launch_failure(kind, step, frame.arg, text, steps, no_interpreter=bool(no_interpreter))
+
+
+def _last_words(console: str) -> str:
+    """The last two lines of a guest's console, fit to be shown, as the end of a sentence."""
+    printable = "".join(c if c.isprintable() or c == "\n" else " " for c in console)
+    lines = [line.strip() for line in printable.splitlines() if line.strip()]
+    return f"; its console's last words: {' / '.join(lines[-2:])}" if lines else ""
 
 
 class Decoder:

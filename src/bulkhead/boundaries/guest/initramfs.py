@@ -60,14 +60,16 @@ def archive(entries: Sequence[_Entry]) -> bytes:
 def build(home: Home, init: str, modules: Sequence[str], *, early: Sequence[str] = ()) -> Initramfs:
     """The archive of `init` (a static program) and `modules` (files of the host, in load order).
 
+    Beside `init` there is the program of --init (bulkhead-init), which is its neighbour here too.
     Those also named in `early` are loaded by the init before it looks for its channel.
 
     Compressed modules (.xz) are unpacked. Made once; later calls find it by a hash of the sources.
     """
     names = tuple(os.path.basename(path).removesuffix(".xz") for path in modules)
-    key = hashlib.sha256(b"2")
+    reaper = f"{os.path.dirname(init)}/bulkhead-init"
+    key = hashlib.sha256(b"3")
     key.update("\0".join(early).encode())
-    for path in (init, *modules):
+    for path in (init, reaper, *modules):
         info = os.stat(path)
         key.update(f"{path}\0{info.st_ino}\0{info.st_size}\0{info.st_mtime_ns}\0".encode())
     folder = home.in_root("kernels", "initramfs")
@@ -80,6 +82,7 @@ def build(home: Home, init: str, modules: Sequence[str], *, early: Sequence[str]
         _Entry("dev/console", stat.S_IFCHR | 0o600, rdev=_CONSOLE),
         _Entry("modules", stat.S_IFDIR | 0o755),
         _Entry("init", stat.S_IFREG | 0o755, _read(init)),
+        _Entry("bulkhead-init", stat.S_IFREG | 0o755, _read(reaper)),
     ]
     entries += [
         _Entry(f"modules/{name}", stat.S_IFREG | 0o644, _module(source))

@@ -7,22 +7,30 @@ SIGKILL goes to the workload first, so that the guest can write back what its fi
 
 import asyncio
 import contextlib
+import dataclasses
+import fcntl
+import json
+import math
 import os
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from signal import SIGKILL
 from typing import Any
 
+import msgspec
+
 from bulkhead import _native
 from bulkhead.boundaries import jail
 from bulkhead.boundaries.container import Container, ContainerBoundary
-from bulkhead.boundaries.guest import plan
+from bulkhead.boundaries.guest import link, plan
+from bulkhead.boundaries.guest.interior import Interior
 from bulkhead.boundaries.guest.report import INSIDE, Report
 from bulkhead.boundary.registry import Services
 from bulkhead.boundary.seam import Bundle, InstanceState, Launched, Stdio
 from bulkhead.boundary.seam import Report as Abilities
-from bulkhead.errors import BulkheadError, Conflict, Unsupported
+from bulkhead.errors import BulkheadError, Conflict, Unavailable, Unsupported
 from bulkhead.home import Home
 from bulkhead.linux import pidfd
 from bulkhead.linux.fds import OwnedFd
@@ -33,10 +41,14 @@ SOCKET = "/run/guest.sock"
 KILL = 63
 """The real-time signal that the monitor passes on as SIGKILL to the workload."""
 OPTIONAL = frozenset({"pausable", "updatable", "measured", "guest"})
+_DETAIL = "/run/detail"
+_DETAIL_MAX = 128 << 10
 _START_S = 130.0
 """Above the monitor's own patience, which has better words."""
 _EXEC_S = 60.0
 _KILL_S = 5.0
+_DISK_S = 15.0
+"""How long a guest may take to end that nobody waits for any more, before its disk is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,31 +119,50 @@ class Guest:
 
     async def start(self, stdio: Stdio) -> Launched:
         """Boot the guest and run the configured process in it."""
+        await self.boundary.ready(self.bundle)
+        return await self._boot(
+            stdio,
+            lambda machine: plan.start(
+                self.bundle,
+                machine,
+                terminal=stdio.terminal,
+                rows=stdio.rows,
+                columns=stdio.columns,
+            ),
+        )
+
+    async def show(self, stdio: Stdio) -> Launched:
+        """Boot the guest only for its files: none of the workload's programs runs.
+
+        They are there (`interior`) until the standard input ends.
+        """
+        return await self._boot(stdio, lambda machine: plan.show(self.bundle, machine))
+
+    async def _boot(
+        self, stdio: Stdio, planning: Callable[[plan.Machine], plan.Planned]
+    ) -> Launched:
         bundle, uid = self.bundle, jail.uid_of(self.bundle.id)
-        await self.boundary.ready(bundle)
         prepared = await asyncio.to_thread(
             lambda: self.boundary.prepare(bundle, terminal=stdio.terminal)
         )
-        planned = plan.start(
-            bundle,
-            prepared.machine,
-            terminal=stdio.terminal,
-            rows=stdio.rows,
-            columns=stdio.columns,
-        )
+        planned = planning(prepared.machine)
         with contextlib.ExitStack() as undo:
             for fd in (*prepared.fds, *(nic.tap for nic in bundle.nics)):
                 undo.callback(fd.close)
+            lock = undo.enter_context(await _own_disk(bundle.rootfs.disk))
             frames = undo.enter_context(_memfd(planned.frames))
             report = undo.enter_context(Report(self._reports, uid))
             taps = [int(nic.tap) for nic in bundle.nics]
-            fds = (int(frames), *taps, *(int(fd) for fd in prepared.fds))
+            # The lock is the last: it ends with the last process of the jail.
+            fds = (int(frames), *taps, *(int(fd) for fd in prepared.fds), int(lock))
             inside = jail.jail_bundle(bundle, prepared.jail, fds)
             inside.spec.mounts.append(_reports_mount(self._reports))
+            inside.spec.mounts.append(_detail_mount(self._reports, uid))
+            _note(self._reports, "memory", str(prepared.jail.guest_bytes))
             assert inside.spec.process is not None
             inside.spec.process.args = [
                 MONITOR, "run", "--socket", SOCKET, "--report", report.inside,
-                *prepared.options, "--", *prepared.jail.args,
+                "--detail", _DETAIL, *prepared.options, "--", *prepared.jail.args,
             ]  # fmt: skip
             self.inner.bundle = inside
             launched = await self.inner.start(stdio)
@@ -217,20 +248,48 @@ class Guest:
         await self.inner.pause()
 
     async def resume(self) -> None:
-        """Thaw it."""
+        """Thaw it, and set its clock."""
         await self.inner.resume()
+        with contextlib.suppress(Unavailable):
+            await asyncio.to_thread(self._set_clock)
+
+    def _set_clock(self) -> None:
+        with link.Link(self._running()) as connection:
+            connection.set_up(link.clock(time.time_ns()))
 
     async def update(self, resources: Resources) -> None:
-        """Apply changed limits; Conflict for memory, which a booted guest has."""
-        if resources.memory is not None and resources.memory.limit is not None:
-            raise Conflict(
-                f"the memory of a running guest cannot change: {self.bundle.id} has what it was "
-                "started with"
-            )
-        shape = self.boundary.shape(self.bundle, terminal=False)
+        """Apply changed limits: of memory and tasks in the guest too, of processors outside.
+
+        Conflict for more memory or processors than the guest was booted with.
+        """
+        linux = msgspec.structs.replace(self.bundle.spec.linux, resources=resources)
+        spec = msgspec.structs.replace(self.bundle.spec, linux=linux)
+        wanted = dataclasses.replace(self.bundle, spec=spec)
+        shape = self.boundary.shape(wanted, terminal=False)
+        await asyncio.to_thread(self._update_inside, resources)
         limited = jail.resources(resources, shape)
         limited.memory = None
         await self.inner.update(limited)
+
+    def _update_inside(self, resources: Resources) -> None:
+        limit = resources.memory.limit if resources.memory is not None else None
+        booted = int(_noted(self._reports, "memory") or 0)
+        if limit is not None and booted and limit > booted:
+            raise Conflict(
+                f"the guest was started with {booted >> 20} MiB of memory: more than that takes a "
+                "restart with --memory"
+            )
+        interior = self.interior()
+        cpu = resources.cpu
+        if cpu is not None and cpu.quota and cpu.quota > 0:
+            processors = math.ceil(cpu.quota / (cpu.period or 100_000))
+            if processors > (present := interior.processors()):
+                raise Conflict(
+                    f"the guest was started with {present} processor{'s' * (present > 1)}: more "
+                    "than that takes a restart with --cpus"
+                )
+        tasks = resources.pids.limit if resources.pids is not None else None
+        interior.limit(memory=limit, tasks=tasks)
 
     def stats(self) -> dict[str, Any]:
         """Usage of guest and monitor together, in the shape of Docker's statistics."""
@@ -241,8 +300,35 @@ class Guest:
         return self.inner.processes()
 
     def oom_kills(self) -> int:
-        """How many of them the host's kernel has killed for want of memory."""
-        return self.inner.oom_kills()
+        """How many the host's kernel has killed for want of memory, or, by the end, the guest's."""
+        return self.inner.oom_kills() or self.inside_kills()
+
+    def inside_kills(self) -> int:
+        """How many processes the guest's own kernel had killed for want of memory when it ended."""
+        try:
+            found = json.loads(_noted(self._reports, "detail") or "{}").get("oom_kills", 0)
+        except (ValueError, AttributeError):
+            return 0
+        return found if isinstance(found, int) and found > 0 else 0
+
+    def memory(self) -> int:
+        """Bytes of memory that the guest was started with, 0 if that is not known."""
+        return int(_noted(self._reports, "memory") or 0)
+
+    def interior(self, *, shown: bool = False) -> Interior:
+        """Files, processes and limits inside; `shown`: of one that was only shown.
+
+        Conflict if it is paused, Unavailable if it does not run.
+        """
+        return Interior(self._running(), shown=shown)
+
+    def _running(self) -> int:
+        state = self.state()
+        if state.status == "paused":
+            raise Conflict(f"container {self.bundle.id} is paused: its kernel stands still")
+        if state.status != "running" or not state.pid:
+            raise Unavailable(f"container {self.bundle.id} does not run")
+        return state.pid
 
     def dispose(self, timeout_s: float = 0.05) -> None:
         """`delete` of one that does not run; for any thread."""
@@ -264,6 +350,47 @@ def _memfd(data: bytes) -> OwnedFd:
         view = view[os.write(int(fd), view) :]
     os.lseek(int(fd), 0, os.SEEK_SET)
     return fd
+
+
+async def _own_disk(path: str | None) -> OwnedFd:
+    """The writable disk, locked: two kernels with one file system would destroy it. flock(2)."""
+    assert path is not None
+    fd = OwnedFd(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
+    deadline = time.monotonic() + _DISK_S
+    while True:
+        try:
+            fcntl.flock(int(fd), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                fd.close()
+                raise Conflict(f"another guest still uses the disk {path}") from None
+            await asyncio.sleep(0.02)
+        except BaseException:
+            fd.close()
+            raise
+
+
+def _detail_mount(directory: str, uid: int) -> Mount:
+    """Where the monitor writes how the guest ended."""
+    path = f"{directory}/detail"
+    with open(path, "wb") as file:
+        os.fchown(file.fileno(), uid, uid)
+    return Mount(_DETAIL, path, "bind", ["bind", "rw", "nosuid", "nodev", "noexec"])
+
+
+def _note(directory: str, name: str, text: str) -> None:
+    with open(f"{directory}/{name}", "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _noted(directory: str, name: str) -> str:
+    """A note, or what the jail wrote; "" without one."""
+    try:
+        with open(f"{directory}/{name}", encoding="utf-8", errors="replace") as file:
+            return file.read(_DETAIL_MAX)
+    except OSError:
+        return ""
 
 
 def _reports_mount(directory: str) -> Mount:

@@ -33,14 +33,15 @@ from bulkhead.boundaries.guest.frames import Mode
 from bulkhead.boundary.seam import Bundle, Rootfs
 from bulkhead.errors import Invalid, Unsupported
 from bulkhead.isolation import mounts, sysctl
+from bulkhead.isolation.rootfs import OVERLAY_OPTIONS
 from bulkhead.isolation.seccomp.cache import FilterCache
 from bulkhead.linux import capabilities as kernel_capabilities
 from bulkhead.linux.mounts import AT_FDCWD, MS_NOATIME, MS_NODEV, MS_NOSUID, MS_RDONLY
-from bulkhead.linux.program import Program
+from bulkhead.linux.program import Fd, Program
 from bulkhead.linux.terminals import window_size
 from bulkhead.oci.runtime import Linux, Mount, Namespace, Process, Rlimit, Spec
 
-MAIN = 1
+MAIN = frames.MAIN
 """The main process's id, and an exec's own id towards the monitor."""
 SETUP = 10
 FIRST_SHARE = 100
@@ -50,11 +51,15 @@ RESTART = 0x01234567
 INITRAMFS = "/initramfs"
 """Where the guest's init leaves the initramfs."""
 GROUP = "/sys/fs/cgroup/workload"
+VIEW = "/view"
+"""Where a guest that is only shown has the workload's root."""
+INIT = f"{INITRAMFS}/bulkhead-init"
+"""The program of --init."""
 _ENGINE_FILES = frozenset({"/etc/resolv.conf", "/etc/hosts", "/etc/hostname"})
 _FILE_MAX = 256 << 10
 _OPEN_FILES = 1 << 20
 _ALL_CAPABILITIES = frozenset(kernel_capabilities.NAMES)
-_DEVICES = frozenset({"/dev/fuse", "/dev/net/tun"})
+_DEVICES = frozenset({"/dev/fuse", "/dev/net/tun", "/dev/kmsg"})
 _filters = FilterCache(None)
 _replace = msgspec.structs.replace
 
@@ -92,7 +97,15 @@ class Disk:
     directory: bool = True
 
 
-Source = Written | Share | Disk
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """A file that every guest has."""
+
+    path: str
+    directory = False
+
+
+Source = Written | Share | Disk | Inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +206,28 @@ def exec_(
     return Planned(data, {MAIN: compiled.steps}, tuple(compiled.listing))
 
 
+def show(bundle: Bundle, machine: Machine) -> Planned:
+    """A guest that runs nothing of the workload and shows its files until its input ends."""
+    setup = _setup(bundle, bundle.spec, machine, {})
+    program = Program()
+    for number, name in enumerate(frames.STREAMS):
+        program.call(f"set {name}", "dup3", Fd(number), number, 0)
+    program.call("session", "setsid")
+    lowers = ":".join(f"/layers/{number}" for number in range(len(machine.layers)))
+    options = f"lowerdir={lowers},upperdir=/upper/upper,workdir=/upper/work"
+    options += "".join(f",{name}={value}" for name, value in OVERLAY_OPTIONS)
+    tool = f"{INITRAMFS}/init"
+    program.exec("execute the tool", [tool], ["bulkhead-guest", "hold", options], [])
+    main = program.compile()
+    parts = [
+        frames.run(SETUP, setup.data, Mode.SETUP),
+        frames.run(MAIN, main.data, Mode.PIPES),
+        frames.shutdown(machine.poweroff, _unmounts(machine, {})),
+    ]
+    steps = {SETUP: setup.steps, MAIN: main.steps}
+    return Planned(b"".join(parts), steps, (*setup.listing, *main.listing))
+
+
 def guest_spec(
     spec: Spec, sources: Mapping[int, Source] | None = None, *, cgroups: bool = True
 ) -> Spec:
@@ -267,6 +302,8 @@ def _mounts(spec: Spec, sources: Mapping[int, Source], *, cgroups: bool) -> list
 def _place(position: int, source: Source) -> str:
     if isinstance(source, Written):
         return f"/files/{position}"
+    if isinstance(source, Inside):
+        return source.path
     base = f"/shares/{source.number}" if isinstance(source, Share) else f"/volumes/{position}"
     return f"{base}/{source.path}" if source.path else base
 
@@ -275,7 +312,12 @@ def _engine_files(spec: Spec) -> dict[int, Source]:
     """The engine's own files among the binds, as they are now."""
     found: dict[int, Source] = {}
     for position, mount in enumerate(spec.mounts):
-        if not mounts.is_bind(mount) or mount.destination not in _ENGINE_FILES:
+        if not mounts.is_bind(mount):
+            continue
+        if os.path.basename(mount.source) == os.path.basename(INIT):
+            found[position] = Inside(INIT)
+            continue
+        if mount.destination not in _ENGINE_FILES:
             continue
         try:
             with open(mount.source, "rb") as file:
