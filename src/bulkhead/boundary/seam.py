@@ -75,6 +75,41 @@ class Nic:
 
 
 @dataclass(frozen=True, slots=True)
+class Drive:
+    """A disk of a whole machine: a file of the host in format `format` ("qcow2" or "raw").
+
+    `base` is the qcow2 file that it lies on, "" for none.
+    """
+
+    path: str
+    format: str
+    base: str = ""
+    readonly: bool = False
+    cdrom: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WholeMachine:
+    """A machine that boots from its own disks, with nothing of ours inside. Sizes in bytes.
+
+    `code` and `nvram` are UEFI's code and its variables, "" for BIOS. `pinned` are the host's
+    processors that its own run on, in order. `iops` and `bytes_per_second` limit each disk.
+    """
+
+    drives: tuple[Drive, ...]
+    memory_bytes: int
+    vcpus: int
+    code: str = ""
+    nvram: str = ""
+    sata: bool = False
+    screen: bool = False
+    reserved: bool = False
+    pinned: tuple[int, ...] = ()
+    iops: int = 0
+    bytes_per_second: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Bundle:
     """A workload to be: its id, its OCI configuration, its root and a private runtime directory."""
 
@@ -84,10 +119,14 @@ class Bundle:
     directory: str
     fds: tuple[int, ...] = ()
     """Descriptors lent until `start` returns; the process has them as 10, 11 and so on."""
+    gates: Mapping[str, int] = field(default_factory=dict)
+    """Descriptors that a container waits at on its way, for a byte; see container_plan.Ground."""
     nics: tuple[Nic, ...] = ()
     """A guest's network interfaces; a container has them in its network namespace instead."""
     kernel: str = ""
     """The guest kernel's name, "" for the boundary's default."""
+    machine: WholeMachine | None = None
+    """What the workload is instead of a program: a machine with disks of its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,9 @@ MIN_MEMORY = 96 << 20
 TRANSLATED_CODE = 64 << 20
 """Bytes that TCG may keep of translated code."""
 
-_BASELINE = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand"
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+"""What a jailed QEMU never does: raise privileges, start processes, change others' scheduling."""
+BASELINE = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand"
 """x86-64-v2, which today's distributions are built for, with a random number instruction."""
 
 
@@ -78,8 +80,7 @@ def argv(machine: Machine) -> list[str]:
     """QEMU's command line; Invalid or Unsupported for what no microVM can be."""
     _check(machine)
     words = [machine.binary, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
-    # What a microVM never does: raise privileges, start processes, change scheduling of others.
-    words += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
+    words += ["-sandbox", SANDBOX]
     words += ["-name", "bulkhead,process=qemu"]
     words += _board(machine)
     if not machine.incoming:
@@ -146,7 +147,7 @@ def _board(machine: Machine) -> list[str]:
         return [*words, "-accel", "kvm", "-cpu", "host"]
     threads = "multi" if machine.vcpus > 1 else "single"
     tcg = f"tcg,thread={threads},tb-size={TRANSLATED_CODE >> 20}"
-    return [*words, "-accel", tcg, "-cpu", _BASELINE]
+    return [*words, "-accel", tcg, "-cpu", BASELINE]
 
 
 def command_line(machine: Machine) -> str:
