@@ -341,7 +341,7 @@ def test_a_client_that_leaves_does_not_end_its_workload(rig: Rig) -> None:
         "workload.run", {"body": body, "name": "left", "attach": [False, True, False]}, [writing]
     )
     frames = client.frames(number)
-    assert [next(frames), next(frames)][1] == {"Started": True}
+    assert any("Started" in item for item in frames)
     client.close()
     os.close(writing)
     assert os.read(reading, 1) == b""  # the attachment has let go

@@ -17,9 +17,18 @@ _FIRST_ID, _ID_COUNT = 1 << 30, 1 << 16
 
 
 def create(
-    engine: Engine, name: str, request: body.CreateBody, boundary: str, kernel: str = ""
+    engine: Engine,
+    name: str,
+    request: body.CreateBody,
+    boundary: str,
+    kernel: str = "",
+    *,
+    started_at_once: bool = False,
 ) -> tuple[Workload, list[str]]:
     """A new workload, recorded; and warnings.
+
+    One that is `started_at_once` and goes with its end is recorded when it runs: before that an
+    engine that is killed has promised nothing, and the next one clears away what it finds.
 
     Errors are Docker's: Invalid for a mistake in the request, NotFound for an unknown image,
     network or workload it refers to, Conflict for a taken name.
@@ -29,7 +38,7 @@ def create(
         _volumes(engine, record, request, undo)
         workload = Workload(record)
         engine.reservations.claim(record, record.host)
-        engine.workloads.add(workload)
+        engine.workloads.add(workload, later=started_at_once and not record.durable)
         undo.pop_all()
     return workload, warnings
 

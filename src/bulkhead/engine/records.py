@@ -152,6 +152,8 @@ class Workloads:
         self._names: dict[str, str] = {}
         self._discarded: list[str] = []
         """Forgotten, but still in the database."""
+        self._unwritten: set[str] = set()
+        """Known, but not yet in the database."""
 
     def load(self) -> None:
         """Read every record."""
@@ -199,33 +201,33 @@ class Workloads:
                 "You have to remove (or rename) that container to be able to reuse that name."
             )
 
-    def add(self, workload: Workload) -> None:
-        """Write a new one; one commit."""
+    def add(self, workload: Workload, *, later: bool = False) -> None:
+        """Take in a new one; one commit, unless it is to be written by the first `save`."""
         record = workload.record
         self.check_name(record.name)
-        with self._writing(record.durable):
-            self._database.execute(
-                "INSERT INTO workloads VALUES (?,?,?,?)",
-                record.id,
-                record.name,
-                record.status,
-                _encoder.encode(record).decode(),
-            )
+        if later:
+            self._unwritten.add(record.id)
+        else:
+            self._write(record, durable=record.durable)
         self._by_id[record.id] = workload
         self._names[record.name] = record.id
 
     def save(self, workload: Workload, *, durable: bool | None = None) -> None:
         """Write its record; one commit, flushed to the disk unless it need not survive that."""
         record = workload.record
-        if record.id not in self._by_id:
-            return
-        with self._writing(record.durable if durable is None else durable):
+        if record.id in self._by_id:
+            self._write(record, durable=record.durable if durable is None else durable)
+            self._unwritten.discard(record.id)
+
+    def _write(self, record: Record, *, durable: bool) -> None:
+        with self._writing(durable):
             self._database.execute(
-                "UPDATE workloads SET name=?, status=?, document=? WHERE id=?",
+                "INSERT INTO workloads VALUES (?,?,?,?) ON CONFLICT(id) DO UPDATE "
+                "SET name=excluded.name, status=excluded.status, document=excluded.document",
+                record.id,
                 record.name,
                 record.status,
                 _encoder.encode(record).decode(),
-                record.id,
             )
 
     def rename(self, workload: Workload, name: str) -> None:
@@ -243,7 +245,10 @@ class Workloads:
         engine that finds it there removes it as if its workload had just ended.
         """
         record = workload.record
-        self._discarded.append(record.id)
+        if record.id in self._unwritten:
+            self._unwritten.discard(record.id)
+        else:
+            self._discarded.append(record.id)
         if record.durable:
             self.flush(durable=True)
         self._by_id.pop(record.id, None)

@@ -14,6 +14,9 @@ from bulkhead.errors import BulkheadError, Conflict
 
 METHODS = Table()
 
+_QUICK_S = 0.02
+"""A start that takes no longer wakes its client once, not twice."""
+
 
 class Create(Params, frozen=True):
     """A new workload."""
@@ -99,9 +102,16 @@ class Update(One, frozen=True):
     body: body.UpdateBody
 
 
-def _create(engine: Engine, params: Create) -> tuple[Workload, list[str]]:
+def _create(
+    engine: Engine, params: Create, *, started_at_once: bool = False
+) -> tuple[Workload, list[str]]:
     workload, warnings = creation.create(
-        engine, params.name, params.body, params.boundary, params.kernel
+        engine,
+        params.name,
+        params.body,
+        params.boundary,
+        params.kernel,
+        started_at_once=started_at_once,
     )
     engine.events.emit("container", "create", workload.id, attributes(workload))
     return workload, warnings
@@ -129,18 +139,13 @@ async def run(engine: Engine, params: Run, call: Call) -> dict[str, Any]:
     streams = Streams(call, params.attach)
     try:
         keys = detach_keys(params.detach_keys)
-        workload, warnings = _create(engine, params)
+        workload, warnings = _create(engine, params, started_at_once=True)
     except BaseException:
         streams.close()
         raise
-    item: dict[str, Any] = {"Id": workload.id}
-    if warnings:
-        item["Warnings"] = warnings
-    call.send(item)
     try:
         if not streams.any:
-            await _start_or_remove(engine, workload, params)
-            call.send({"Started": True})
+            await _start_announced(engine, workload, params, call, warnings)
             if params.detach:
                 return {"Id": workload.id, "StatusCode": 0, "Reason": "detached"}
             await asyncio.shield(workload.ended)
@@ -151,8 +156,7 @@ async def run(engine: Engine, params: Run, call: Call) -> dict[str, Any]:
         ) as attached:
             engine.events.emit("container", "attach", workload.id, attributes(workload))
             workload.attachment = attached
-            await _start_or_remove(engine, workload, params)
-            call.send({"Started": True})
+            await _start_announced(engine, workload, params, call, warnings)
             reason = await attached
         if reason == "detached":
             return {"Id": workload.id, "StatusCode": 0, "Reason": "detached"}
@@ -172,6 +176,31 @@ def _outcome(workload: Workload, reason: str) -> dict[str, Any]:
     if error:
         result["Error"] = error
     return result
+
+
+async def _start_announced(
+    engine: Engine, workload: Workload, params: Run, call: Call, warnings: list[str]
+) -> None:
+    """Start, and tell the client its id and that it has started: in one item if that is quick."""
+    item: dict[str, Any] = {"Id": workload.id}
+    if warnings:
+        item["Warnings"] = warnings
+    said: list[object] = []
+
+    def say_id() -> None:
+        said.append(item)
+        call.send(item)
+
+    timer = engine.loop.call_later(_QUICK_S, say_id)
+    try:
+        await _start_or_remove(engine, workload, params)
+    except BaseException:
+        if not said:
+            say_id()
+        raise
+    finally:
+        timer.cancel()
+    call.send({"Started": True} if said else {**item, "Started": True})
 
 
 async def _start_or_remove(engine: Engine, workload: Workload, params: Run) -> None:

@@ -21,6 +21,8 @@ from bulkhead.home import Home
 from bulkhead.keeper.holder import HolderClient
 from bulkhead.keeper.main import Wire
 
+_Asked = tuple[socket.socket, int, "asyncio.Future[str]"]
+"""A request under way: on which connection, its number, its answer."""
 _CONNECT_WITHIN_S = 60.0
 _RETRY_S = 0.01
 _MAX_PACKET = 128 << 10
@@ -162,24 +164,30 @@ class KeeperClient:
         flags = sum(bit for _, bit in lent) | (Wire.WAIT if wait else 0)
         keys = detach_keys if stdin is not None else b""
         sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        body, fds = keys + identity.encode(), [fd for fd, _ in lent]
+        begun = self._begin(Wire.ATTACH, flags, len(keys), body, fds)
         request = self._request(
             Wire.ATTACH,
             flags,
             len(keys),
-            keys + identity.encode(),
-            [fd for fd, _ in lent],
+            body,
+            fds,
             on_sent=lambda: _resolve(sent),
+            begun=begun,
         )
         task = asyncio.get_running_loop().create_task(request)
         try:
-            task.add_done_callback(lambda _: _resolve(sent))
-            await sent
+            if begun is None:
+                task.add_done_callback(lambda _: _resolve(sent))
+                await sent
             yield task
         finally:
             if not task.done():
                 task.cancel()
             with contextlib.suppress(asyncio.CancelledError, Unavailable):
                 await task
+            if begun is not None and self._pending.pop(begun[1], None) is not None:
+                self._withdraw(begun[0], begun[1])  # the task was cancelled before it began
 
     async def resize(self, identity: str, rows: int, columns: int) -> None:
         """Set the size of a process's terminal; NotFound if the keeper does not know it."""
@@ -210,29 +218,52 @@ class KeeperClient:
         body: bytes,
         fds: list[int] | None = None,
         on_sent: Callable[[], object] = lambda: None,
+        begun: "_Asked | None" = None,
     ) -> str:
-        """Ask until an answer has come, over as many keepers as it takes."""
+        """Ask until an answer has come, over as many keepers as it takes.
+
+        `begun` is the same request, if `_begin` has sent it already.
+        """
         while True:
-            sock = self._sock or await self._connect()
-            self._number = number = (self._number + 1) & 0xFFFFFFFF
-            future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-            packet = Wire.HEAD.pack(kind, number, a, b) + body
-            try:
+            if begun is not None:
+                (sock, number, future), begun = begun, None
+            else:
+                sock = self._sock or await self._connect()
+                self._number = number = (self._number + 1) & 0xFFFFFFFF
+                packet = Wire.HEAD.pack(kind, number, a, b) + body
+                future = asyncio.get_running_loop().create_future()
                 if not (self._try_send(sock, packet, fds) or await self._send(sock, packet, fds)):
                     continue
                 self._pending[number] = future
+            try:
                 on_sent()
                 return await future
             except _Lost:
                 continue
             except asyncio.CancelledError:
-                if kind == Wire.ATTACH and self._sock is sock and future.cancelled():
-                    cancel = Wire.HEAD.pack(Wire.CANCEL, 0, number, 0)
-                    with contextlib.suppress(OSError):
-                        sock.send(cancel, socket.MSG_NOSIGNAL)
+                if kind == Wire.ATTACH and future.cancelled():
+                    self._withdraw(sock, number)
                 raise
             finally:
                 self._pending.pop(number, None)
+
+    def _begin(self, kind: int, a: int, b: int, body: bytes, fds: list[int]) -> "_Asked | None":
+        """Send a request now, if that needs no waiting; None if it does."""
+        sock = self._sock
+        if sock is None:
+            return None
+        self._number = number = (self._number + 1) & 0xFFFFFFFF
+        if not self._try_send(sock, Wire.HEAD.pack(kind, number, a, b) + body, fds):
+            return None
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._pending[number] = future
+        return sock, number, future
+
+    def _withdraw(self, sock: socket.socket, number: int) -> None:
+        """Cancel an attachment that was asked for."""
+        if self._sock is sock:
+            with contextlib.suppress(OSError):
+                sock.send(Wire.HEAD.pack(Wire.CANCEL, 0, number, 0), socket.MSG_NOSIGNAL)
 
     async def _connect(self) -> socket.socket:
         async with self._connecting:
