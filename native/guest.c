@@ -56,6 +56,10 @@ struct buffer outbox;
 static struct buffer inbox, run_message;
 static sigset_t no_signals;
 static int channel = -1, signals = -1, booted, is_line;
+static enum { OPEN, ENDS, WRITES_BACK, ENDED } closing;
+static struct buffer closing_paths;
+static uint32_t closing_how;
+static pid_t closer;
 int kmsg = -1, setup_failed;
 static unsigned process_count;
 
@@ -446,20 +450,48 @@ static void on_hello(const struct frame *f, const char *bytes)
     frame_add2(&outbox, G_HELLO, 0, PROTOCOL_VERSION, h.nonce, sizeof h.nonce, text, (size_t)n);
 }
 
-static _Noreturn void on_shutdown(const struct frame *f, const char *bytes)
+/* What was written is written back; for a process beside the init, which serves mounts meanwhile. */
+static _Noreturn void write_back(void)
 {
-    kill_all();
-    while (waitpid(-1, NULL, 0) > 0)
-        ;
-    /* The payload names what to unmount, each with its NUL, in this order. */
-    for (const char *at = bytes, *end; (end = memchr(at, 0, (size_t)(bytes + f->length - at))); at = end + 1)
+    /* The payload named what to unmount, each with its NUL, in this order. */
+    const char *at = closing_paths.bytes + closing_paths.start, *end;
+    for (size_t left = buffer_size(&closing_paths); left && (end = memchr(at, 0, left)); left -= (size_t)(end + 1 - at), at = end + 1)
         if (umount2(at, 0))
             umount2(at, MNT_DETACH);
-    if (booted) {
+    if (booted)
         sync();
-        syscall(SYS_reboot, 0xfee1dead, 672274793, f->arg, NULL);
-    }
     _exit(0);
+}
+
+static _Noreturn void end_guest(void)
+{
+    if (booted)
+        syscall(SYS_reboot, 0xfee1dead, 672274793, closing_how, NULL);
+    _exit(0);
+}
+
+/* After a SHUTDOWN: first everything ends, then it is written back, then this. */
+static void go_on_closing(void)
+{
+    if (closing == ENDS && waitpid(-1, NULL, WNOHANG) < 0 && errno == ECHILD) {
+        closer = fork();
+        if (closer == 0)
+            write_back();
+        closing = closer < 0 ? ENDED : WRITES_BACK;
+    } else if (closing == WRITES_BACK && waitpid(closer, NULL, WNOHANG))
+        closing = ENDED;
+    if (closing == ENDED)
+        end_guest();
+}
+
+static void on_shutdown(const struct frame *f, const char *bytes)
+{
+    if (closing != OPEN)
+        return;
+    closing = ENDS;
+    closing_how = f->arg;
+    buffer_add(&closing_paths, bytes, f->length);
+    kill_all();
 }
 
 static void run_pending(void)
@@ -557,7 +589,7 @@ static void on_frame(const struct frame *f, const char *bytes)
     case H_READ: on_read(f, bytes); break;
     case H_FUSE_MOUNT: put_off(f, bytes, f->length); break;
     case H_FUSE_REPLY: on_fuse_reply(f, bytes); break;
-    case H_SHUTDOWN: on_shutdown(f, bytes);
+    case H_SHUTDOWN: on_shutdown(f, bytes); break;
     default: say("a frame of unknown type %u", f->type);
     }
 }
@@ -568,7 +600,8 @@ static const char *read_frames(void)
     struct frame f;
     const char *bytes;
     int whole;
-    ssize_t n = buffer_read(&inbox, channel, 2 * FRAME_MAX);
+    uint32_t bells = 0;
+    ssize_t n = ring_is_open() ? ring_read(&inbox, channel, &bells) : buffer_read(&inbox, channel, 2 * FRAME_MAX);
     if (n < 0)
         return errno == EAGAIN ? NULL : strerror(errno);
     if (n == 0)
@@ -578,7 +611,7 @@ static const char *read_frames(void)
         buffer_take(&inbox, sizeof f + f.length);
     }
     if (is_line)
-        frame_add(&outbox, G_TAKEN, 0, (uint32_t)n, NULL, 0);
+        frame_add(&outbox, G_TAKEN, bells, (uint32_t)n, NULL, 0);
     return whole < 0 ? "not a frame" : NULL;
 }
 
@@ -670,6 +703,8 @@ int main(int argc, char **argv)
         booted = boot();
     prepare();
     channel = open_channel(wanted);
+    if (booted && getenv("BULKHEAD_GUEST_RING"))
+        open_ring(getenv("BULKHEAD_GUEST_RING"));
     if (channel < 0)
         say("bulkhead-guest: no channel: %s", strerror(errno));
     is_line = channel >= 0 && isatty(channel);
@@ -699,8 +734,16 @@ int main(int argc, char **argv)
                 free_process(p);
         }
         run_pending();
+        go_on_closing();
     }
     say("bulkhead-guest: %s", problem ? problem : "no channel");
-    struct frame end = {.arg = (uint32_t)RB_POWER_OFF};
-    on_shutdown(&end, "");
+    /* Nobody serves the mounts any more. */
+    drop_mounts();
+    kill_all();
+    while (waitpid(-1, NULL, 0) > 0)
+        ;
+    closing_how = (uint32_t)RB_POWER_OFF;
+    if (booted)
+        sync();
+    end_guest();
 }

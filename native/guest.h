@@ -34,6 +34,16 @@ void on_fuse_mount(const struct frame *f, const char *bytes, size_t size);
 void on_fuse_reply(const struct frame *f, const char *bytes);
 void on_read(const struct frame *f, const char *bytes);
 
+/* The host's bytes come by a disk instead (guest_ring.c); the channel then only says how many. */
+void open_ring(const char *device);
+int ring_is_open(void);
+
+/* What has been announced, into `b`: bytes, 0 at the channel's end, -1 with errno; `*bells` is how often. */
+ssize_t ring_read(struct buffer *b, int line, uint32_t *bells);
+
+/* Every request of a mount fails from now on. */
+void drop_mounts(void);
+
 /* Await requests of the mounts, unless the queue is `full`; pass on those that came. */
 void want_mounts(int full);
 void serve_mounts(void);

@@ -95,3 +95,9 @@ void serve_mounts(void)
         if (got(m->at))
             read_fuse(m);
 }
+
+void drop_mounts(void)
+{
+    for (struct mountpoint *m = mountpoints; m; m = m->next)
+        close_fd(&m->fd);
+}

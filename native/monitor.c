@@ -9,6 +9,9 @@
  *       --socket PATH   listen for exec and for the engine; SEQPACKET, a packet is a frame
  *       --report PATH   connect and send one STARTED or FAILED; SEQPACKET
  *       --files PATH    connect to the server of FUSE mounts; SOCK_STREAM of frames
+ *       --files-fd N    or this descriptor is connected to it
+ *       --ring PATH     bytes for the guest go through this new file, which is its last disk
+ *                       (guest_ring.c), and the channel only says how many
  *       --detail FILE   how it ended, as JSON, written into this file, which is there
  *       --clone         the guest was booted before: speak first
  *       --boot-seconds N   how long the guest may take to its HELLO (120)
@@ -341,7 +344,7 @@ static void wait_for_events(void)
     uint64_t now = now_ms(CLOCK_MONOTONIC);
     set_size = 0;
     want(signals, 1, POLLIN);
-    want(guest, 1, (short)((buffer_size(&to_files) < FILES_FULL ? POLLIN : 0) | (buffer_size(&to_guest) && under_way < (size_t)options.window ? POLLOUT : 0)));
+    want(guest, 1, (short)((buffer_size(&to_files) < FILES_FULL ? POLLIN : 0) | (may_write_guest() ? POLLOUT : 0)));
     if (guest < 0)
         set[set_size++] = (struct pollfd){-1, 0, 0};
     want(files, 1, (short)((space ? POLLIN : 0) | (buffer_size(&to_files) ? POLLOUT : 0)));
@@ -403,10 +406,14 @@ static _Noreturn void run_main(void)
     learn_script();
     if (main_process->mode == MODE_TERMINAL)
         make_raw(main_process->in);
-    if (options.files) {
+    if (options.files)
         files = connect_to(options.files, SOCK_STREAM, 30);
-        no_block(files);
-    }
+    else if (options.files_fd)
+        files = atoi(options.files_fd);
+    if (files >= 0 && (no_block(files) || fcntl(files, F_SETFD, FD_CLOEXEC)))
+        fail("the file server's socket: %s", strerror(errno));
+    if (options.ring)
+        open_ring(options.ring);
     if (options.socket)
         listen_at(options.socket);
     start_vmm();
@@ -428,7 +435,7 @@ int main(int argc, char **argv)
 {
     const struct { const char *name, **value; } texts[] = {
         {"--frames", &options.frames}, {"--socket", &options.socket}, {"--report", &options.report},
-        {"--files", &options.files}, {"--detail", &options.detail}};
+        {"--files", &options.files}, {"--files-fd", &options.files_fd}, {"--ring", &options.ring}, {"--detail", &options.detail}};
     const char *seconds = NULL, *window = NULL;
     int i = 2;
     for (; i < argc && strcmp(argv[i], "--"); i++) {

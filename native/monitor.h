@@ -16,6 +16,8 @@
 #define CHUNK 32768u
 #define KILL_SIGNAL 63 /* the real-time signal by which the workload is killed, not the guest */
 #define VMM_CHANNEL 9
+#define RING (512u << 10) /* bytes of the ring */
+#define BELLS_MAX 64u
 
 enum stage { BOOTING, GREETING, RUNNING, ENDING };
 
@@ -36,7 +38,7 @@ struct request { uint32_t id, owner_id; int is_mount, done; struct client *owner
 
 /* --- state, in monitor.c --- */
 
-struct options { const char *frames, *socket, *report, *files, *detail; int clone; long boot_seconds, window; char **vmm; };
+struct options { const char *frames, *socket, *report, *files, *files_fd, *ring, *detail; int clone; long boot_seconds, window; char **vmm; };
 
 extern struct options options;
 extern size_t under_way; /* bytes the guest has not told to have read */
@@ -68,6 +70,8 @@ void send_resize(void);
 void greet(void);
 void read_guest(void);
 void write_guest(void);
+int may_write_guest(void);
+void open_ring(const char *path);
 void read_files(void);
 void read_client(struct client *c);
 void accept_client(void);

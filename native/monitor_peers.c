@@ -16,6 +16,11 @@
 static struct buffer from_guest, from_files;
 static struct hello greeting;
 static uint32_t next_id = FIRST_CLIENT_ID;
+static int ring = -1;      /* the file of native/guest_ring.c */
+static size_t ring_at;
+static unsigned bells;     /* that the guest has not told to have heard */
+
+static int bells_left(void) { return bells < BELLS_MAX; }
 
 static void *need(void *memory)
 {
@@ -257,11 +262,20 @@ static void on_hello(const struct frame *f, const char *bytes)
     else if (stage == GREETING && !memcmp(bytes, greeting.nonce, sizeof greeting.nonce)) {
         stage = RUNNING;
         deadline = 0;
-        under_way = 0; /* the greeting was read */
+        if (ring < 0)
+            under_way = 0; /* the greeting was read */
         buffer_add(&to_guest, script.bytes + script.start, buffer_size(&script));
         buffer_free(&script);
     } else if (stage != GREETING)
         fail("the guest broke the protocol: it began anew");
+}
+
+static void on_taken(const struct frame *f)
+{
+    if (ring >= 0 && (f->arg > under_way || f->id > bells))
+        fail("the guest broke the protocol: it took what was not sent");
+    under_way -= f->arg < under_way ? f->arg : under_way;
+    bells -= f->id < bells ? f->id : bells;
 }
 
 static void on_guest_frame(const struct frame *f, const char *bytes)
@@ -273,7 +287,7 @@ static void on_guest_frame(const struct frame *f, const char *bytes)
     if (f->type == G_LOG)
         remember(bytes, f->length);
     else if (f->type == G_TAKEN)
-        under_way -= f->arg < under_way ? f->arg : under_way;
+        on_taken(f);
     else if (f->type == G_HELLO)
         on_hello(f, bytes);
     else if (stage == BOOTING)
@@ -315,12 +329,54 @@ void read_guest(void)
         fail("the guest broke the protocol: not a frame");
 }
 
+/* Bytes into the ring, and the bell for them. */
+static void write_ring(void)
+{
+    size_t size = buffer_size(&to_guest), room = RING - under_way;
+    if (!bells_left() || !room)
+        return;
+    size = size < room ? size : room;
+    for (size_t done = 0, part; done < size; done += part) {
+        part = size - done < RING - ring_at ? size - done : RING - ring_at;
+        if (pwrite(ring, to_guest.bytes + to_guest.start + done, part, (off_t)ring_at) != (ssize_t)part)
+            fail("the ring: %s", strerror(errno));
+        ring_at = (ring_at + part) % RING;
+    }
+    uint32_t more = (uint32_t)size;
+    ssize_t n = write(guest, &more, sizeof more);
+    if (n != sizeof more) { /* there is always room for the few bells that may be under way */
+        if (n >= 0 || errno == EAGAIN)
+            fail("the guest does not read its line");
+        buffer_free(&to_guest); /* its end will be read */
+        return;
+    }
+    buffer_take(&to_guest, size);
+    under_way += size;
+    bells++;
+}
+
 void write_guest(void)
 {
+    if (ring >= 0) {
+        write_ring();
+        return;
+    }
     size_t most = (size_t)options.window - under_way, left = most;
     if (buffer_flush_some(&to_guest, guest, &left))
         buffer_free(&to_guest); /* its end will be read */
     under_way += most - left;
+}
+
+int may_write_guest(void)
+{
+    return buffer_size(&to_guest) && (ring >= 0 ? bells_left() && under_way < RING : under_way < (size_t)options.window);
+}
+
+void open_ring(const char *path)
+{
+    ring = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (ring < 0 || ftruncate(ring, RING))
+        fail("%s: %s", path, strerror(errno));
 }
 
 /* --- the file server --------------------------------------------------------------------------- */
