@@ -141,6 +141,7 @@ class ContainerBoundary:
         views: tuple[str, ...] = (),
         prepared: frozenset[str] = frozenset(),
         kept: int = 0,
+        gates: frozenset[str] = frozenset(),
     ) -> Ground:
         """What of this host a program depends on."""
         hierarchy = cgroups.detect()
@@ -153,6 +154,7 @@ class ContainerBoundary:
             directories=directories,
             prepared=prepared,
             kept=kept,
+            gates=gates,
         )
 
 
@@ -301,6 +303,7 @@ class Container:
             views=tuple(sorted(views)),
             prepared=frozenset(prepared),
             kept=len(bundle.fds),
+            gates=frozenset(bundle.gates),
         )
         template = boundary.templates.launch(spec, bundle.rootfs, ground, terminal=stdio.terminal)
         data = template.fill(spec, bundle.rootfs, views, stdio)
@@ -308,6 +311,7 @@ class Container:
         given |= self._streams(stdio)
         given |= {key: int(fd) for key, fd in prepared.items()}
         given |= {f"kept{i}": fd for i, fd in enumerate(bundle.fds)}
+        given |= bundle.gates
         for kind, path in namespaces.paths(spec.linux).items():
             given[f"ns-{kind}"] = _open_namespace(kind, path, undo)
         cgroup_fd = self._clone_fd(undo)

@@ -57,6 +57,9 @@ class Ground:
     """Descriptors the process is to have besides its standard streams."""
     group: str = ""
     """The directory of a control group (v2) to join by its path: in a guest."""
+    gates: frozenset[str] = frozenset()
+    """Where the child says so and waits for a byte on the descriptor of that name: "hooks", with
+    everything mounted and the host's files still in reach; "start", before it gives up power."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,7 @@ class _Planner:
         self.fds = FdTable()
         self.made = _Made()
         self.userns = self.linux.namespace("user") is not None
-        _refuse(spec)
+        _refuse(spec, hooks="hooks" in ground.gates)
 
     def plan(self) -> Template:
         program = self.program
@@ -147,6 +150,7 @@ class _Planner:
                 program, f"make {destination} read-only", mount_slot, set_=kernel.ATTR_RDONLY
             )
         self._names()
+        self._gate("hooks")
         self._pivot(tree)
         credentials.plan_session(program)
         if slave_end is not None:
@@ -155,6 +159,7 @@ class _Planner:
             credentials.plan_personality(program, self.linux.personality)
         common.plan_directory(tree, self.process.cwd, create=True)
         common.plan_label(program, proc, self.process)
+        self._gate("start")
         common.plan_identity(
             program,
             self.process,
@@ -165,6 +170,15 @@ class _Planner:
         common.plan_exec(program, self.process, common.candidates(self.process))
         compiled = program.compile()
         return Template(compiled, tuple(self.fds.keys), flags, compiled.holes())
+
+    def _gate(self, name: str) -> None:
+        if name not in self.ground.gates:
+            return
+        fd = self.fds.fd(name)
+        if name == "start":  # from here on it outlives who launched it
+            self.program.call("stay", "prctl", prctl.SET_PDEATHSIG, 0, 0, 0, 0)
+        self.program.send_fd(f"report before {name}", name, fd)
+        self.program.gate(f"wait for {name}", fd)
 
     def _needs_host_proc(self) -> bool:
         wanted = self.process.oom_score_adj
@@ -190,7 +204,7 @@ class _Planner:
         paths = namespaces.paths(self.linux)
         namespaces.plan_join(program, {kind: self.fds.fd(f"ns-{kind}") for kind in paths})
         pid = self.linux.namespace("pid")
-        if pid is None or pid.path:
+        if pid is None or pid.path or self.ground.gates:
             # Others in its PID namespace must not look into it while it holds the host's files.
             program.call("become undumpable", "prctl", prctl.SET_DUMPABLE, 0, 0, 0, 0)
         foreign = self._foreign_sysctls()
@@ -376,11 +390,11 @@ def _clean(mount: Mount) -> Mount:
     )
 
 
-def _refuse(spec: Spec) -> None:
+def _refuse(spec: Spec, *, hooks: bool) -> None:
     """What this boundary does not do is refused, never left out."""
     linux = spec.linux
     for name, present in (
-        ("hooks", spec.hooks is not None),
+        ("hooks", spec.hooks is not None and not hooks),
         ("linux.netDevices", bool(linux.net_devices)),
         ("linux.intelRdt", linux.intel_rdt is not None),
         ("linux.memoryPolicy", linux.memory_policy is not None),

@@ -314,3 +314,12 @@ class Measured(Protocol):
     def oom_kills(self) -> int:
         """How many processes the kernel has killed here for want of memory."""
         ...
+
+
+@runtime_checkable
+class Secluded(Protocol):
+    """Optional, with the word "guest": an instance with a kernel of its own."""
+
+    def inside_kills(self) -> int:
+        """How many processes that kernel had killed for want of memory when it ended."""
+        ...

@@ -16,6 +16,11 @@ def state(pid: int) -> str:
     return _stat_fields(pid)[0]
 
 
+def kernel_flags(pid: int) -> int:
+    """The kernel's PF_* flags of process `pid`; ProcessLookupError if there is none."""
+    return int(_stat_fields(pid)[6])
+
+
 def _stat_fields(pid: int) -> list[str]:
     """/proc/PID/stat from field 3 (state) on; the name before it may hold spaces and brackets."""
     try:

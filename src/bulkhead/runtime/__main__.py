@@ -1,0 +1,7 @@
+"""`python -m bulkhead.runtime`."""
+
+import sys
+
+from bulkhead.runtime.main import main
+
+sys.exit(main())

@@ -1,0 +1,110 @@
+"""The commands of a container's life, as the command line has them."""
+
+import json
+import signal
+
+from bulkhead.errors import Invalid, Unsupported
+from bulkhead.runtime import console, lifecycle
+from bulkhead.runtime.lifecycle import Options
+from bulkhead.runtime.main import Context
+from bulkhead.runtime.records import state as spec_state
+
+
+def _options(context: Context) -> Options:
+    for name, why in (
+        ("no-pivot", "the root is always changed by pivot_root"),
+        ("no-new-keyring", "a container always gets a session keyring of its own"),
+    ):
+        if context.flag(name):
+            raise Unsupported(f"--{name} is not supported: {why}")
+    if context.number("preserve-fds"):
+        raise Unsupported("--preserve-fds is not supported: a container gets its streams only")
+    return Options(
+        bundle=context.text("bundle") or ".",
+        console_socket=context.text("console-socket"),
+        pid_file=context.text("pid-file"),
+        warn=context.warn,
+    )
+
+
+def create(context: Context) -> int:
+    """Make a container; its program waits for `start`."""
+    options = _options(context)
+    spec, _ = lifecycle.read_bundle(options.bundle)
+    if spec.process is not None and spec.process.terminal and not options.console_socket:
+        raise Invalid("process.terminal needs --console-socket with create")
+    lifecycle.create(context.records, context.arguments[0], options)
+    return 0
+
+
+def start(context: Context) -> int:
+    """Run a created container's program."""
+    lifecycle.start(context.records, context.arguments[0], context.warn)
+    return 0
+
+
+def run(context: Context) -> int:
+    """create, start, and unless detached wait and delete; the program's exit code."""
+    options = _options(context)
+    identity = context.arguments[0]
+    detach = context.flag("detach")
+    if not detach and not context.flag("no-subreaper"):
+        lifecycle.become_subreaper()
+    record = lifecycle.create(context.records, identity, options)
+    if detach and options.master:
+        _remove(context, identity)
+        raise Invalid("process.terminal needs --console-socket with --detach")
+    try:
+        lifecycle.start(context.records, identity, context.warn)
+    except BaseException:
+        _remove(context, identity)
+        raise
+    if detach:
+        return 0
+    for master in options.master:
+        console.relay(master)
+    code = lifecycle.wait(record.pid)
+    if not context.flag("keep"):
+        _remove(context, identity)
+    return code
+
+
+def _remove(context: Context, identity: str) -> None:
+    lifecycle.delete(context.records, identity, force=True, warn=context.warn)
+
+
+def state(context: Context) -> int:
+    """Print a container's state."""
+    record = context.records.load(context.arguments[0])
+    shown = spec_state(record, context.records.status(record))
+    shown |= {"rootfs": record.rootfs, "created": record.created, "owner": record.owner}
+    print(json.dumps(shown, indent=2))
+    return 0
+
+
+def kill(context: Context) -> int:
+    """Signal a container."""
+    wanted = context.arguments[1] if len(context.arguments) > 1 else "SIGTERM"
+    lifecycle.kill(
+        context.records, context.arguments[0], _signal(wanted), everyone=context.flag("all")
+    )
+    return 0
+
+
+def _signal(text: str) -> int:
+    """A signal by number or name, with or without SIG."""
+    if text.isascii() and text.isdigit() and 0 < int(text) < signal.NSIG:
+        return int(text)
+    name = text.upper() if text.upper().startswith("SIG") else f"SIG{text.upper()}"
+    for known in signal.Signals:
+        if known.name == name:
+            return int(known)
+    raise Invalid(f"unknown signal {text!r}")
+
+
+def delete(context: Context) -> int:
+    """Remove a container."""
+    lifecycle.delete(
+        context.records, context.arguments[0], force=context.flag("force"), warn=context.warn
+    )
+    return 0

@@ -1,0 +1,440 @@
+"""create, start, run, kill, delete: a container's life without an engine.
+
+`create` launches the container's own program (boundaries/container_plan.py) with two gates: at
+"hooks" the hooks run that belong before the pivot, at "start" the child waits in a fifo for
+`start`, which is another process. Whoever calls us is its parent or subreaper.
+"""
+
+import contextlib
+import errno
+import os
+import pwd
+import select
+import signal
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import msgspec
+
+from bulkhead import home
+from bulkhead.boundaries.container import Container, ContainerBoundary
+from bulkhead.boundary.registry import Services
+from bulkhead.boundary.seam import Bundle, Rootfs, Stdio
+from bulkhead.errors import Conflict, Internal, Invalid, NotFound, Unsupported
+from bulkhead.isolation import mounts
+from bulkhead.linux import pidfd, prctl, procfs
+from bulkhead.linux.fds import OwnedFd
+from bulkhead.oci.runtime import DeviceCgroup, Hooks, Mount, Process, Resources, Spec, decode
+from bulkhead.runtime import console, hooks
+from bulkhead.runtime.driving import drive, run
+from bulkhead.runtime.records import Record, Records, alive, state
+from bulkhead.runtime.spawner import PTY, Spawner, read_progress
+
+_FORK_NO_EXEC = 0x40
+"""PF_FORKNOEXEC of the kernel's process flags: it has not executed a program yet."""
+_LOOK_S = 0.0002
+
+Warn = Callable[[str], None]
+
+_DEVICES = (
+    *(DeviceCgroup(allow=True, type_=kind, access="m") for kind in "cb"),
+    *(
+        DeviceCgroup(allow=True, type_="c", major=major, minor=minor, access="rwm")
+        for major, minor in ((1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 2), (136, None))
+    ),
+)
+"""What every container may use, whatever its rules: null, zero, full, random, urandom, tty, ptmx,
+terminals; and the making of nodes (config-linux.md, "Default Devices")."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to create; `warn` is told what does not stop it."""
+
+    bundle: str
+    console_socket: str = ""
+    pid_file: str = ""
+    warn: Warn = field(default=lambda _text: None)
+    master: list[OwnedFd] = field(default_factory=list)
+    """Where the terminal's master goes without a console socket."""
+
+
+def read_bundle(path: str) -> tuple[Spec, str]:
+    """(configuration, absolute root) of the bundle at `path`; NotFound, Invalid in one line."""
+    name = os.path.join(path, "config.json")
+    try:
+        with open(name, "rb") as file:
+            spec = decode(file.read())
+    except FileNotFoundError:
+        raise NotFound(f"JSON specification file {name} not found") from None
+    except OSError as error:
+        raise Invalid(f"{name}: {error.strerror}") from None
+    if spec.root is None:
+        raise Invalid("config.json has no root: nothing to run in")
+    if spec.process is None:
+        raise Invalid("config.json has no process: nothing to run")
+    root = os.path.join(path, spec.root.path)
+    if not os.path.isdir(root):
+        raise Invalid(f"root.path {root} is not a directory")
+    return spec, os.path.realpath(root)
+
+
+def prepare(spec: Spec, bundle: str, identity: str) -> Spec:
+    """The configuration as our boundary takes it: absolute binds, device rules, cgroup path."""
+    linux = spec.linux
+    resources = linux.resources or Resources()
+    resources = msgspec.structs.replace(resources, devices=[*resources.devices, *_DEVICES])
+    linux = msgspec.structs.replace(
+        linux, resources=resources, cgroups_path=cgroup_path(linux.cgroups_path, identity)
+    )
+    process = None if spec.process is None else usable(spec.process)
+    binds = [_absolute(mount, bundle) for mount in spec.mounts]
+    return msgspec.structs.replace(spec, linux=linux, process=process, mounts=binds)
+
+
+def usable(process: Process) -> Process:
+    """The process without ambient capabilities that it could not have; capabilities(7).
+
+    Engines name them without making them inheritable, and the runtimes that they know let it pass.
+    """
+    sets = process.capabilities
+    if sets is None:
+        return process
+    both = set(sets.permitted) & set(sets.inheritable)
+    ambient = [name for name in sets.ambient if name in both]
+    return msgspec.structs.replace(
+        process, capabilities=msgspec.structs.replace(sets, ambient=ambient)
+    )
+
+
+def _absolute(mount: Mount, bundle: str) -> Mount:
+    if not mounts.is_bind(mount) or os.path.isabs(mount.source):
+        return mount
+    return msgspec.structs.replace(mount, source=os.path.join(bundle, mount.source))
+
+
+def cgroup_path(path: str, identity: str) -> str:
+    """cgroupsPath as an absolute path below the hierarchies; Unsupported for systemd's form."""
+    if path.count(":") == 2 and not path.startswith("/"):
+        raise Unsupported(
+            f"linux.cgroupsPath {path!r} is systemd's form, which this runtime does not speak yet: "
+            "configure the engine for the cgroupfs driver"
+        )
+    return "/" + os.path.normpath(path).lstrip("/") if path else f"/bulkhead/{identity}"
+
+
+def boundary_of(records: Records, spawner: Spawner) -> ContainerBoundary:
+    """The container boundary over `spawner`."""
+    return ContainerBoundary(Services(home.default(), spawner))
+
+
+class _Creation:
+    """One `create` under way."""
+
+    def __init__(self, records: Records, identity: str, options: Options) -> None:
+        self.records, self.options = records, options
+        self.bundle = os.path.realpath(options.bundle)
+        self.spec, root = read_bundle(self.bundle)
+        _check_console(self.spec, options)
+        self.hooks = self.spec.hooks or Hooks()
+        self.spec = prepare(self.spec, self.bundle, identity)
+        self.record = Record(
+            id=identity,
+            bundle=self.bundle,
+            rootfs=root,
+            created=_now(),
+            oci_version=self.spec.oci_version,
+            cgroup=self.spec.linux.cgroups_path,
+            owner=_owner(),
+            annotations=self.spec.annotations,
+        )
+
+    def run(self) -> Record:
+        """Create the container; nothing of it is left if that fails."""
+        identity = self.record.id
+        with ExitStack() as undo:
+            path = self.records.make(identity)
+            undo.callback(self.records.remove, identity)
+            self.records.save(self.record)
+            spawner = Spawner(f"{path}/progress")
+            boundary = boundary_of(self.records, spawner)
+            with ExitStack() as lent:
+                container = self._launch(boundary, spawner, path, undo, lent)
+            pid = container.state().pid
+            undo.callback(_end, container)
+            self.record.pid, self.record.start_time = pid, procfs.start_time(pid)
+            self.records.save(self.record)
+            if self.options.pid_file:
+                write_pid(self.options.pid_file, pid)
+            undo.pop_all()
+        return self.record
+
+    def _launch(
+        self,
+        boundary: ContainerBoundary,
+        spawner: Spawner,
+        path: str,
+        undo: ExitStack,
+        lent: ExitStack,
+    ) -> Container:
+        fifo = f"{path}/start.fifo"
+        os.mkfifo(fifo, 0o600)
+        # Open for both: a fifo that nobody has open for writing is at its end.
+        gate = lent.enter_context(OwnedFd(os.open(fifo, os.O_RDWR | os.O_CLOEXEC)))
+        read, write = os.pipe2(os.O_CLOEXEC)
+        waits = lent.enter_context(OwnedFd(read))
+        opens = lent.enter_context(OwnedFd(write))
+        bundle = Bundle(
+            self.record.id,
+            self.spec,
+            Rootfs(directory=self.record.rootfs),
+            path,
+            gates={"hooks": int(waits), "start": int(gate)},
+        )
+        container = drive(boundary.create(bundle))
+        undo.callback(container.group.delete)
+
+        def hooks_due(pid: int, _fd: OwnedFd) -> bool:
+            self._run_hooks(pid, container)
+            os.write(int(opens), b"0")
+            return False
+
+        spawner.notes = {
+            PTY: self._take_terminal,
+            "hooks": hooks_due,
+            "start": lambda _pid, _fd: True,
+        }
+        terminal = self.spec.process is not None and self.spec.process.terminal
+        stdio = Stdio(terminal=True) if terminal else _streams(lent)
+        execute = run if self.spec.linux.namespace("user") is not None else drive
+        execute(container.start(stdio))
+        self.records.save_spec(self.record.id, self.spec, spawner.steps)
+        return container
+
+    def _take_terminal(self, _pid: int, master: OwnedFd) -> bool:
+        if self.options.console_socket:
+            console.send(self.options.console_socket, int(master))
+        else:
+            self.options.master.append(master.duplicate())
+        return False
+
+    def _run_hooks(self, pid: int, container: Container) -> None:
+        told = state(self.record, "creating") | {"pid": pid}
+        for name, members in (
+            ("prestart", self.hooks.prestart),
+            ("createRuntime", self.hooks.create_runtime),
+        ):
+            hooks.Point(name, members, hooks.outside).call(told)
+        if self.hooks.create_container:
+            with inside(self.spec, pid, container) as there:
+                point = hooks.Point("createContainer", self.hooks.create_container, there.before_pivot)
+                point.call(told)
+
+
+def create(records: Records, identity: str, options: Options) -> Record:
+    """Make the container `identity` up to the moment before its program runs."""
+    records.path(identity)
+    return _Creation(records, identity, options).run()
+
+
+def load(records: Records, record: Record) -> Container:
+    """The container of an earlier command."""
+    spec = records.spec(record.id)
+    bundle = Bundle(record.id, spec, Rootfs(directory=record.rootfs), records.path(record.id))
+    return drive(boundary_of(records, Spawner()).load(bundle, record.pid if alive(record) else 0))
+
+
+@contextlib.contextmanager
+def inside(spec: Spec, pid: int, container: Container) -> Iterator[hooks.Inside]:
+    """`hooks.Inside` with the control groups of `container`."""
+    with ExitStack() as undo:
+        joins = container.group.join_fds()
+        for fd in joins:
+            undo.callback(fd.close)
+        born = container.group.clone_fd()
+        if born is not None:
+            undo.callback(born.close)
+        yield hooks.Inside(spec, pid, joins, -1 if born is None else int(born))
+
+
+def start(records: Records, identity: str, warn: Warn) -> None:
+    """Let a created container run its program; LaunchFailed if that cannot be executed."""
+    with records.locked(identity):
+        record = records.load(identity)
+        status = records.status(record)
+        if status == "stopped":
+            raise Conflict("cannot start a container that has stopped")
+        if status != "created":
+            raise Conflict("cannot start an already running container")
+        spec = records.spec(identity)
+        declared = spec.hooks or Hooks()
+        if declared.start_container:
+            _start_container_hooks(records, record, spec, declared)
+        fifo = records.path(identity, "start.fifo")
+        with pidfd.open_process(record.pid) as process:
+            _open_gate(fifo)
+            os.unlink(fifo)
+            _wait_for_exec(records, record, process)
+        point = hooks.Point("poststart", declared.poststart, hooks.outside)
+        point.try_(state(record, "running"), warn)
+
+
+def _start_container_hooks(records: Records, record: Record, spec: Spec, declared: Hooks) -> None:
+    container = load(records, record)
+    filter_ = container.boundary.templates.filter(spec)
+    with inside(spec, record.pid, container) as there:
+        hooks.Point(
+            "startContainer",
+            declared.start_container,
+            lambda hook, given, said: there.as_workload(hook, given, said, filter_),
+        ).call(state(record, "created"))
+
+
+def _open_gate(fifo: str) -> None:
+    try:
+        with OwnedFd(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as gate:
+            os.write(int(gate), b"0")
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENOENT):
+            raise Conflict("cannot start a container that has stopped") from None
+        raise
+
+
+def _wait_for_exec(records: Records, record: Record, process: OwnedFd) -> None:
+    """Until the child has become its program; LaunchFailed if it has ended instead."""
+    poller = select.poll()
+    poller.register(int(process), select.POLLIN)
+    while procfs.kernel_flags(record.pid) & _FORK_NO_EXEC:
+        if poller.poll(0):
+            break
+        time.sleep(_LOOK_S)
+    with open(records.path(record.id, "progress"), "rb") as file:
+        progress = read_progress(file.read())
+    if not progress.executed:
+        raise progress.failure(records.steps(record.id), 0)
+
+
+def kill(records: Records, identity: str, number: int, *, everyone: bool) -> None:
+    """Signal the first process, or everyone; Conflict if the container does not run."""
+    record = records.load(identity)
+    if everyone:
+        group = load(records, record).group
+        if number == signal.SIGKILL:
+            group.kill()
+        else:
+            group.signal(number)
+        return
+    if not alive(record):
+        raise Conflict("container not running")
+    with pidfd.open_process(record.pid) as process:
+        if not alive(record):
+            raise Conflict("container not running")
+        pidfd.send_signal(process, number)
+    if number == signal.SIGKILL:
+        group = load(records, record).group
+        if group.frozen():
+            group.thaw()
+
+
+def delete(records: Records, identity: str, *, force: bool, warn: Warn) -> None:
+    """Remove a stopped or created container; a running one with `force`."""
+    if force and identity not in records.ids():
+        return
+    with records.locked(identity):
+        record = records.load(identity)
+        status = records.status(record)
+        if status in ("running", "paused") and not force:
+            raise Conflict(f"cannot delete container {identity} that is not stopped: {status}")
+        group = load(records, record).group if record.pid else None
+        if group is not None:
+            group.kill()
+            _await_end(record)
+            group.delete()
+        declared = (records.spec(identity).hooks if record.pid else None) or Hooks()
+        point = hooks.Point("poststop", declared.poststop, hooks.outside)
+        point.try_(state(record, "stopped"), warn)
+        records.remove(identity)
+
+
+def _await_end(record: Record) -> None:
+    """Until the first process is no more than a zombie."""
+    with contextlib.suppress(ProcessLookupError), pidfd.open_process(record.pid) as process:
+        if procfs.start_time(record.pid) != record.start_time:
+            return
+        poller = select.poll()
+        poller.register(int(process), select.POLLIN)
+        if not poller.poll(30_000):
+            raise Internal(f"process {record.pid} survives SIGKILL (uninterruptible I/O?)")
+
+
+def become_subreaper() -> None:
+    """Orphans of the container come to us; prctl(2)."""
+    prctl.prctl(prctl.SET_CHILD_SUBREAPER, 1)
+
+
+def wait(pid: int) -> int:
+    """Reap until `pid` has ended, passing on the signals we get; its exit code, 128 + signal."""
+
+    def forward(number: int, _frame: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+    kept = (signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGWINCH, signal.SIGURG)
+    for number in signal.valid_signals() - set(kept):
+        with contextlib.suppress(OSError, ValueError):
+            signal.signal(number, forward)
+    while True:
+        ended, status = os.waitpid(-1, 0)
+        if ended == pid:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+
+
+def _end(container: Container) -> None:
+    container.group.kill()
+
+
+def _streams(undo: ExitStack) -> Stdio:
+    """Copies of our standard streams: a program cannot put a descriptor onto itself."""
+    copies = [undo.enter_context(OwnedFd(os.dup(number))) for number in range(3)]
+    return Stdio(stdin=int(copies[0]), stdout=int(copies[1]), stderr=int(copies[2]))
+
+
+def _check_console(spec: Spec, options: Options) -> None:
+    terminal = spec.process is not None and spec.process.terminal
+    if options.console_socket and not terminal:
+        raise Invalid("--console-socket needs process.terminal in config.json")
+    if options.console_socket and not stat.S_ISSOCK(_mode(options.console_socket)):
+        raise Invalid(f"--console-socket {options.console_socket} is not a socket")
+
+
+def _mode(path: str) -> int:
+    try:
+        return os.stat(path).st_mode
+    except OSError as error:
+        raise Invalid(f"{path}: {error.strerror}") from None
+
+
+def write_pid(path: str, pid: int) -> None:
+    """The process id in a file that appears whole."""
+    folder, name = os.path.split(path)
+    beside = os.path.join(folder, f".{name}")
+    with open(beside, "w", encoding="ascii") as file:
+        file.write(str(pid))
+    os.replace(beside, path)
+
+
+def _now() -> str:
+    nanoseconds = time.time_ns()
+    seconds, rest = divmod(nanoseconds, 10**9)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{rest:09d}Z"
+
+
+def _owner() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())

@@ -1,0 +1,164 @@
+"""The entry of `bulkhead-runtime`: options, the log that engines read, exit codes.
+
+An error is one line on standard error and, with --log, one more in that file (containerd, Docker
+and Podman show their user the last line of level error there). The exit code is 1, that of `run`
+and `exec` the process's own.
+"""
+
+import json
+import os
+import sys
+import time
+from importlib import import_module
+
+from bulkhead.errors import BulkheadError, Invalid, Unsupported
+from bulkhead.runtime.options import COMMANDS, GLOBALS, Command, Option, Values, parse
+from bulkhead.runtime.records import Records
+
+VERSION = "0.1.0"
+SPEC_VERSION = "1.3.0"
+
+_MODULES = {
+    "exec": "executing",
+    "list": "describing",
+    "ps": "describing",
+    "events": "describing",
+    "spec": "examples",
+    "features": "examples",
+    "update": "limits",
+    "pause": "limits",
+    "resume": "limits",
+}
+"""Where a command is, unless in `commands`."""
+
+
+class Context:
+    """What a command has: its options, its arguments, the records, the log."""
+
+    def __init__(self, general: Values, values: Values, arguments: list[str]) -> None:
+        self.general, self.values, self.arguments = general, values, arguments
+        self.records = Records(str(general["root"]) or default_root())
+
+    def text(self, name: str) -> str:
+        """The value of a text option."""
+        return str(self.values[name])
+
+    def flag(self, name: str) -> bool:
+        """Whether a flag is given."""
+        return bool(self.values[name])
+
+    def number(self, name: str) -> int:
+        """The value of a number option, 0 if it is not given."""
+        value = self.values[name]
+        assert isinstance(value, int)
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        """The values of an option that may be given often."""
+        value = self.values[name]
+        assert isinstance(value, list)
+        return value
+
+    def warn(self, text: str) -> None:
+        """One line of level warning in the log."""
+        log(self.general, "warning", text)
+
+
+def default_root() -> str:
+    """/run/bulkhead-runtime, for a user without privileges a folder of their own."""
+    if os.geteuid() == 0:
+        return "/run/bulkhead-runtime"
+    return os.path.join(os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}"), "bulkhead-runtime")
+
+
+def log(general: Values, level: str, text: str) -> None:
+    """Append one line to the log."""
+    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    if general["log-format"] == "json":
+        line = json.dumps({"level": level, "msg": text, "time": moment})
+    else:
+        line = f"time={json.dumps(moment)} level={level} msg={json.dumps(text)}"
+    path = str(general["log"])
+    if path == "/dev/stderr":
+        print(line, file=sys.stderr)
+        return
+    with open(path, "a", encoding="utf-8") as file:
+        print(line, file=file)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    general: Values = parse(GLOBALS, [])[0]
+    try:
+        general, rest = parse(GLOBALS, words)
+        return _dispatch(general, rest)
+    except BulkheadError as error:
+        text = str(error)
+    except OSError as error:
+        text = f"{error.filename or ''}: {error.strerror}".lstrip(": ")
+    return _fail(general, text)
+
+
+def _fail(general: Values, text: str) -> int:
+    if general["log"] != "/dev/stderr":
+        try:
+            log(general, "error", text)
+        except OSError as error:
+            print(f"bulkhead-runtime: --log {general['log']}: {error.strerror}", file=sys.stderr)
+    print(f"bulkhead-runtime: {text}", file=sys.stderr)
+    return 1
+
+
+def _dispatch(general: Values, rest: list[str]) -> int:
+    if general["version"]:
+        print(f"bulkhead-runtime version {VERSION}\nspec: {SPEC_VERSION}")
+        return 0
+    if general["help"] or not rest or rest[0] in ("help", "h"):
+        _help()
+        return 0
+    if general["log-format"] not in ("text", "json"):
+        raise Invalid(f"unknown log-format {general['log-format']!r}: text or json")
+    if general["systemd-cgroup"]:
+        raise Unsupported(
+            "--systemd-cgroup is not supported yet: configure the engine for the cgroupfs driver"
+        )
+    command = {one.name: one for one in COMMANDS}.get(rest[0])
+    if command is None:
+        raise Invalid(f"no command {rest[0]!r}; see bulkhead-runtime --help")
+    if any(word in ("--help", "-h") for word in rest[1:2]):
+        _command_help(command)
+        return 0
+    values, positional = parse(command.options, rest[1:])
+    if not command.least <= len(positional) or len(positional) > command.most >= 0:
+        raise Invalid(f"usage: bulkhead-runtime {command.name} [OPTION…] {command.usage}".rstrip())
+    module = import_module(f"bulkhead.runtime.{_MODULES.get(command.name, 'commands')}")
+    code = getattr(module, command.name if command.name != "exec" else "exec_")(
+        Context(general, values, positional)
+    )
+    assert isinstance(code, int)
+    return code
+
+
+def _shown(option: Option) -> str:
+    names = ", ".join(("--" if len(name) > 1 else "-") + name for name in option.names)
+    value = "" if option.kind == "flag" else " VALUE"
+    default = f" (default {option.default})" if option.default else ""
+    return f"  {names + value:34} {option.help_}{default}"
+
+
+def _help() -> None:
+    print("Usage: bulkhead-runtime [OPTION…] COMMAND [OPTION…] [ARGUMENT…]\n")
+    print("An OCI runtime with runc's command line.\n\nCommands:")
+    for command in COMMANDS:
+        print(f"  {command.name:9} {command.help_}")
+    print("\nOptions:")
+    print("\n".join(map(_shown, GLOBALS)))
+    print("\nExamples:\n  bulkhead-runtime run --bundle /bundles/web web")
+    print("  podman --runtime /usr/local/bin/bulkhead-runtime run --rm IMAGE true")
+
+
+def _command_help(command: Command) -> None:
+    print(f"Usage: bulkhead-runtime {command.name} [OPTION…] {command.usage}\n\n{command.help_}")
+    if command.options:
+        print("\n".join(("\nOptions:", *map(_shown, command.options))))
