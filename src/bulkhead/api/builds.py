@@ -45,7 +45,8 @@ async def build(x: Exchange) -> object:
 @ROUTES.add("POST", "/build/prune")
 async def prune(x: Exchange) -> dict[str, Any]:
     """Empty the build cache."""
-    _available(x, "build.prune")
     params = {"filters": x.filters(), "all": x.flag("all"), "keep": x.number("keep-storage") or 0}
+    if "build.prune" not in x.methods:
+        return {"CachesDeleted": None, "SpaceReclaimed": 0}
     found: dict[str, Any] = await x.call("build.prune", params)
     return found

@@ -38,7 +38,9 @@ async def create(x: Exchange) -> Reply:
     try:
         made = await x.call("workload.create", {"body": request, "name": x.text("name")})
     except NotFound as error:
-        raise Failed(404, error.message) from None
+        # 404 means that the image is missing: clients pull it then, and try again.
+        status = 404 if error.message.startswith("No such image") else 400
+        raise Failed(status, error.message) from None
     return Reply(201, {"Id": made["Id"], "Warnings": made["Warnings"] or []})
 
 

@@ -1,5 +1,7 @@
 """`/images`: list, inspect, history, tag, remove, prune, search."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from bulkhead.api import shapes
@@ -7,7 +9,7 @@ from bulkhead.api.answers import CREATED, Reply
 from bulkhead.api.exchange import Exchange
 from bulkhead.api.registry_auth import registry_auth
 from bulkhead.api.routes import ROUTES
-from bulkhead.errors import Invalid
+from bulkhead.errors import Invalid, NotFound
 
 
 @ROUTES.add("GET", "/images/json")
@@ -42,17 +44,31 @@ async def prune(x: Exchange) -> dict[str, Any]:
     return {**found, "ImagesDeleted": found.get("ImagesDeleted") or None}
 
 
+@contextlib.contextmanager
+def _tagged(name: str) -> Iterator[None]:
+    """Docker names a missing image with the tag that it looked for."""
+    try:
+        yield
+    except NotFound as error:
+        last = name.rpartition("/")[2]
+        if error.message == f"No such image: {name}" and not {":", "@"} & set(last):
+            raise NotFound(f"No such image: {name}:latest") from None
+        raise
+
+
 @ROUTES.add("GET", "/images/{name*}/json")
 async def inspect(x: Exchange) -> dict[str, Any]:
     """All of it."""
-    found: dict[str, Any] = await x.call("image.inspect", {"name": x.at["name"]})
+    with _tagged(x.at["name"]):
+        found: dict[str, Any] = await x.call("image.inspect", {"name": x.at["name"]})
     return shapes.image(found, x.version)
 
 
 @ROUTES.add("GET", "/images/{name*}/history")
 async def history(x: Exchange) -> list[dict[str, Any]]:
     """How it was made."""
-    found: list[dict[str, Any]] = await x.call("image.history", {"name": x.at["name"]})
+    with _tagged(x.at["name"]):
+        found: list[dict[str, Any]] = await x.call("image.history", {"name": x.at["name"]})
     return found
 
 
@@ -63,7 +79,8 @@ async def tag(x: Exchange) -> Reply:
     if not repository:
         raise Invalid("invalid reference format")
     target = f"{repository}:{label}" if label else repository
-    await x.call("image.tag", {"source": x.at["name"], "target": target})
+    with _tagged(x.at["name"]):
+        await x.call("image.tag", {"source": x.at["name"], "target": target})
     return CREATED
 
 
@@ -71,5 +88,6 @@ async def tag(x: Exchange) -> Reply:
 async def remove(x: Exchange) -> list[dict[str, str]]:
     """Remove a name, and with its last one the image."""
     params = {"name": x.at["name"], "force": x.flag("force"), "noprune": x.flag("noprune")}
-    found: list[dict[str, str]] = await x.call("image.remove", params)
+    with _tagged(x.at["name"]):
+        found: list[dict[str, str]] = await x.call("image.remove", params)
     return found

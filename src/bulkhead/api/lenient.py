@@ -19,16 +19,12 @@ _MAX = 1 << 63
 _DEPTH = 64
 
 _known: dict[Any, Clean] = {}
-_strict: dict[type, msgspec.json.Decoder[Any]] = {}
 
 
 def decode(data: bytes, kind: type[_T]) -> _T:
     """The JSON object `data` as `kind`; an empty body or null is an empty object."""
     if not data.strip():
         data = b"{}"
-    decoder = _strict.get(kind)
-    if decoder is None:
-        decoder = _strict[kind] = msgspec.json.Decoder(kind)
     value = parse(data)
     if value is None:
         value = {}

@@ -23,6 +23,8 @@ class StartBody(Part):
 async def create(x: Exchange) -> Reply:
     """A new exec."""
     request = await x.json(body.ExecBody)
+    if x.engine.workloads.find(x.at["id"]).record.status == "paused":
+        raise Conflict(f"Container {x.at['id']} is paused, unpause the container before exec")
     return Reply(201, await x.call("exec.create", {"id": x.at["id"], "body": request}))
 
 

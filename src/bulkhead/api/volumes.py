@@ -7,6 +7,7 @@ import msgspec
 from bulkhead.api.answers import NO_CONTENT, Failed, Reply
 from bulkhead.api.exchange import Exchange
 from bulkhead.api.routes import ROUTES
+from bulkhead.errors import BulkheadError
 
 
 class CreateBody(msgspec.Struct):
@@ -36,7 +37,13 @@ async def create(x: Exchange) -> Reply:
         "Name": wanted.Name, "Driver": wanted.Driver or "local", "DriverOpts": wanted.DriverOpts,
         "Labels": wanted.Labels,
     }  # fmt: skip
-    return Reply(201, await x.call("volume.create", params))
+    try:
+        made = await x.call("volume.create", params)
+    except BulkheadError as error:
+        if error.message.startswith("error looking up volume plugin"):
+            error.message = f"create {wanted.Name}: {error.message}"
+        raise
+    return Reply(201, made)
 
 
 @ROUTES.add("POST", "/volumes/prune")

@@ -171,13 +171,23 @@ class Control:
             await workload.gone.wait()
         elif condition == "next-exit":
             workload.begin_run()
-            await asyncio.shield(workload.ended)
+            await self._ended_or_gone(workload)
         else:
             while workload.running or record.status == "restarting":
                 await asyncio.shield(workload.ended)
                 if record.status == "restarting":
                     break
         return self.outcome(record)
+
+    @staticmethod
+    async def _ended_or_gone(workload: Workload) -> None:
+        """The end of this run or the next one; a workload that is removed has no next one."""
+        gone = asyncio.ensure_future(workload.gone.wait())
+        try:
+            either: set[asyncio.Future[Any]] = {workload.ended, gone}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
 
     @staticmethod
     def outcome(record: Record) -> dict[str, Any]:

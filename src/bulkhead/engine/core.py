@@ -18,6 +18,7 @@ from bulkhead.engine.events import Events
 from bulkhead.engine.execs import Execs
 from bulkhead.engine.health import Health
 from bulkhead.engine.janitor import Janitor
+from bulkhead.engine.leases import Leases
 from bulkhead.engine.lifecycle import Lifecycle
 from bulkhead.engine.processes import Processes
 from bulkhead.engine.records import Record, Workload, Workloads
@@ -42,6 +43,8 @@ _T = TypeVar("_T")
 
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 THREADS = 4
+SYNC_S = 0.2
+"""How long after the end of a run its record may take to be on the disk."""
 DEFAULT_ROOT = "/var/lib/bulkhead"
 
 
@@ -64,6 +67,7 @@ class Engine:
         self._accounts: dict[tuple[str, ...], users.Accounts] = {}
         self.closing = False
         self._tending: asyncio.TimerHandle | None = None
+        self._syncing: asyncio.TimerHandle | None = None
 
         self.store = ContentStore(home.in_root("store"))
         self.images = ImageService(home, self.store)
@@ -79,6 +83,7 @@ class Engine:
         self.control = Control(self)
         self.execs = Execs(self)
         self.health = Health(self)
+        self.leases = Leases(self)
         self.spares = Spares(self)
         self.reservations = Reservations(self)
 
@@ -99,6 +104,7 @@ class Engine:
             await asyncio.wait(list(self._tasks))
         await self.spares.close()
         await self.processes.close()
+        self.leases.close()
         self.networks.close()
         self.pool.shutdown(wait=True, cancel_futures=True)
         self.janitor.close()
@@ -126,6 +132,16 @@ class Engine:
     async def blocking(self, function: Callable[[], _T]) -> _T:
         """Run `function` in a thread: for files, hashing, registries."""
         return await self.loop.run_in_executor(self.pool, function)
+
+    def sync_soon(self) -> None:
+        """Have what was written so far on the disk in SYNC_S, without holding anybody up."""
+        if self._syncing is None and not self.closing:
+            self._syncing = self.loop.call_later(SYNC_S, self._sync)
+
+    def _sync(self) -> None:
+        self._syncing = None
+        if not self.closing:  # closing the database flushes it too
+            self.janitor.submit(self.database.sync)
 
     # --- what launches need
 
@@ -306,10 +322,10 @@ class Engine:
     # --- images
 
     def image_users(self) -> dict[str, list[str]]:
-        """Names of the workloads of each image."""
+        """The workloads of each image, by their short ids."""
         users: dict[str, list[str]] = {}
         for workload in self.workloads:
-            users.setdefault(workload.record.image_id, []).append(workload.record.name)
+            users.setdefault(workload.record.image_id, []).append(workload.id[:12])
         return users
 
     def _held_images(self) -> set[str]:
@@ -318,8 +334,8 @@ class Engine:
         return {d for record in records for d in (record.image_id, *record.diff_ids)}
 
     def running_names(self) -> list[str]:
-        """Names of the workloads that run."""
-        return [workload.record.name for workload in self.workloads if workload.running]
+        """Short ids of the workloads that run."""
+        return [workload.id[:12] for workload in self.workloads if workload.running]
 
     async def release_layers(self) -> None:
         """Unmount the layers that neither an image nor a workload refers to."""

@@ -8,7 +8,9 @@ from bulkhead.engine import (
     rpc_kernel,
     rpc_network,
     rpc_output,
+    rpc_remote,
     rpc_system,
+    rpc_vm,
     rpc_volume,
     rpc_workload,
 )
@@ -22,7 +24,9 @@ _MODULES = (
     rpc_kernel,
     rpc_network,
     rpc_output,
+    rpc_remote,
     rpc_system,
+    rpc_vm,
     rpc_volume,
     rpc_workload,
 )

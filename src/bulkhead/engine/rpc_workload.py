@@ -128,7 +128,12 @@ async def create(engine: Engine, params: Create, call: Call) -> dict[str, Any]:
 async def start(engine: Engine, params: One, call: Call) -> dict[str, Any]:
     """Run it; {"NotModified": true} if it runs already."""
     workload = engine.workloads.find(params.id)
-    started = await engine.lifecycle.start(workload)
+    try:
+        started = await engine.lifecycle.start(workload)
+    except BulkheadError:
+        if workload.record.host.auto_remove and not workload.running:
+            await engine.removal.remove(workload, force=False, volumes=True)
+        raise
     engine.tend_networks()
     return {} if started else {"NotModified": True}
 

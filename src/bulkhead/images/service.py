@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from bulkhead.errors import Invalid, NotFound
 from bulkhead.home import Home
-from bulkhead.images import archive_read, archive_write, describe, filters, removal
+from bulkhead.images import archive_read, archive_write, describe, filters, remote, removal
 from bulkhead.images.bootstrap import Request, bootstrap
 from bulkhead.images.catalog import Catalog, Image
 from bulkhead.images.commit import commit, import_root
@@ -220,6 +220,17 @@ class ImageService:
         if not tags:
             raise NotFound(f"An image does not exist locally with the tag: {ref}")
         return [self.push(tag, auth, progress, cancel) for tag in tags]
+
+    def distribution(self, ref: str, auth: Auth = None) -> dict[str, Any]:
+        """What the registry says of `ref`: descriptor and platforms; nothing is pulled."""
+        with self._repository(ref, auth, None) as repository:
+            return remote.distribution(repository, parse(ref))
+
+    def search(
+        self, term: str, limit: int, wanted: Mapping[str, Sequence[str]], auth: Auth = None
+    ) -> List[dict[str, Any]]:
+        """What a registry's index finds."""
+        return remote.search(term, limit, wanted, from_auth(auth), self._registries)
 
     def login(self, auth: Mapping[str, Any]) -> None:
         """Show `auth` to its "serveraddress" (none: Docker Hub); Denied if it is refused."""
