@@ -40,6 +40,8 @@ from bulkhead.oci.runtime import (
 )
 
 DISKS = 32
+FIRST_FD = 10
+"""The number of the first descriptor that a jail's process is given."""
 _FIRST_UID = 0x70000000
 _FOLDERS = ("dev", "tmp", "run", "disks")
 
@@ -171,6 +173,8 @@ class Jail:
     devices: Sequence[Device] = ()
     mounts: Sequence[Mount] = ()
     """Beside those of every jail."""
+    environment: Sequence[str] = ()
+    """Likewise."""
 
 
 def jail_bundle(bundle: Bundle, jail: Jail, fds: tuple[int, ...]) -> Bundle:
@@ -190,7 +194,12 @@ def process(bundle: Bundle, jail: Jail) -> Process:
     given = bundle.spec.process
     return Process(
         args=list(jail.args),
-        env=["TMPDIR=/tmp", "HOME=/tmp", f"LD_LIBRARY_PATH={jail.root.library_path}"],
+        env=[
+            "TMPDIR=/tmp",
+            "HOME=/tmp",
+            f"LD_LIBRARY_PATH={jail.root.library_path}",
+            *jail.environment,
+        ],
         terminal=jail.terminal,
         user=User(uid=uid, gid=uid),
         capabilities=Capabilities([], [], [], [], []),
@@ -208,7 +217,7 @@ def _spec(bundle: Bundle, jail: Jail) -> Spec:
         process=process(bundle, jail),
         mounts=_mounts(jail, uid),
         linux=Linux(
-            namespaces=_namespaces(bundle.spec.linux),
+            namespaces=isolated(bundle.spec.linux),
             cgroups_path=bundle.spec.linux.cgroups_path,
             resources=resources(bundle.spec.linux.resources, jail),
             devices=list(jail.devices),
@@ -217,7 +226,8 @@ def _spec(bundle: Bundle, jail: Jail) -> Spec:
     )
 
 
-def _namespaces(linux: Linux) -> list[Namespace]:
+def isolated(linux: Linux) -> list[Namespace]:
+    """New namespaces of every kind, but for the network that the workload was given."""
     network = linux.namespace("network")
     path = network.path if network is not None else ""
     new = [Namespace(kind) for kind in ("mount", "pid", "ipc", "uts", "cgroup")]

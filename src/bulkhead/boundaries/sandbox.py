@@ -8,6 +8,8 @@ host as the guest touches it.
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from bulkhead.boundaries import sandbox_syscalls
 from bulkhead.boundaries.guest import disks, initramfs, kernels, plan
@@ -19,28 +21,59 @@ from bulkhead.boundaries.guest.instance import (
     native_program,
 )
 from bulkhead.boundaries.jail import Jail, JailRoot, uid_of
-from bulkhead.boundary.seam import Bundle, Missing, Report
+from bulkhead.boundary.registry import GVISOR, Services
+from bulkhead.boundary.seam import Bundle, Instance, Missing, Report
 from bulkhead.errors import BulkheadError, Invalid, Unsupported
+
+if TYPE_CHECKING:
+    from bulkhead.boundaries.gvisor import GvisorBoundary
 
 PROGRAM = "/usr/bin/linux.uml"
 INITRAMFS = "/boot/initramfs"
 MODULES = ("erofs", "overlay", "fuse")
 CHANNEL_FD = 9
 FIRST_TAP_FD = 11
-LAYERS = 15
-"""Disks of user-mode-linux, less the writable one."""
+DISKS = 16
+"""Of user-mode-linux: layers, the writable one, volumes, the ring."""
 DEFAULT_MEMORY = 512 << 20
 MINIMUM_MEMORY = 32 << 20
 OVERHEAD = 64 << 20
 _TASKS = 24
-WINDOW = 2048
-"""Bytes under way to the guest. Its serial line, once it has been full (4 KiB), stays dead."""
+RING = "/tmp/ring"
+"""What goes to the guest goes through this file, its last disk: the serial line is slow to read,
+and once it has been full (4 KiB) it stays dead."""
 
 
 class SandboxBoundary(GuestBoundary):
     """Runs workloads on user-mode-linux."""
 
     name = "sandbox"
+
+    def __init__(self, services: Services) -> None:
+        super().__init__(services)
+        self._services = services
+        self._gvisor: GvisorBoundary | None = None
+
+    @property
+    def gvisor(self) -> "GvisorBoundary":
+        """The same with another kernel, made when first asked for."""
+        if self._gvisor is None:
+            from bulkhead.boundaries.gvisor import GvisorBoundary
+
+            self._gvisor = GvisorBoundary(self._services)
+        return self._gvisor
+
+    async def create(self, bundle: Bundle) -> Instance:  # type: ignore[override]
+        """Make the control group of a workload; nothing runs yet."""
+        if bundle.kernel == GVISOR:
+            return await self.gvisor.create(bundle)
+        return await super().create(bundle)
+
+    async def load(self, bundle: Bundle, pid: int) -> Instance:  # type: ignore[override]
+        """A workload of an earlier engine."""
+        if bundle.kernel == GVISOR:
+            return await self.gvisor.load(bundle, pid)
+        return await super().load(bundle, pid)
 
     def probe(self) -> Report:
         """Whether the parts are there; that they work is seen at the first start."""
@@ -95,9 +128,11 @@ class SandboxBoundary(GuestBoundary):
         layers, disk = bundle.rootfs.layer_files, bundle.rootfs.disk
         if not layers or disk is None:
             raise Unsupported("a sandbox needs an image of layers, not an unpacked root")
-        if len(layers) > LAYERS:
+        volumes = plan.volume_disks(bundle, lambda n: _device(len(layers) + 1 + n))
+        if len(layers) + len(volumes.files) + 2 > DISKS:
             raise Unsupported(
-                f"the image has {len(layers)} layers; a sandbox takes at most {LAYERS}"
+                f"{len(layers)} layers and {len(volumes.files)} volumes that are disks: "
+                f"a sandbox has room for {DISKS - 2}"
             )
         uid = uid_of(bundle.id)
         disks.make_disk(self.home, disk, bundle.rootfs.disk_size, uid=uid)
@@ -109,24 +144,26 @@ class SandboxBoundary(GuestBoundary):
             {PROGRAM: kernel.path, MONITOR: native_program("bulkhead-monitor")},
             {INITRAMFS: ramdisk.path, "/proc/cpuinfo": _processor()},
         )
-        files = [(path, False) for path in layers] + [(disk, True)]
+        files = [(path, False) for path in layers] + [(disk, True), *volumes.files]
         shape = self.shape(bundle, terminal=terminal)
-        made = dataclasses.replace(shape, root=root, disks=files, args=_arguments(bundle, shape))
+        args = _arguments(bundle, shape, [writable for _, writable in files])
+        made = dataclasses.replace(shape, root=root, disks=files, args=args)
         machine = plan.Machine(
             modules=ramdisk.modules,
             layers=tuple(_device(number) for number in range(len(layers))),
             upper=_device(len(layers)),
             interfaces=tuple(f"vec{number}" for number in range(len(bundle.nics))),
+            sources=volumes.sources,
         )
-        return Prepared(made, machine, ("--window", str(WINDOW)))
+        return Prepared(made, machine, ("--ring", RING))
 
 
 def _device(number: int) -> str:
     return f"/dev/ubd{chr(ord('a') + number)}"
 
 
-def _arguments(bundle: Bundle, shape: Jail) -> list[str]:
-    """The command line of the kernel, which is also its program's."""
+def _arguments(bundle: Bundle, shape: Jail, disks_: Sequence[bool]) -> list[str]:
+    """The command line of the kernel, which is also its program's; `disks_`: which are writable."""
     found = [
         PROGRAM,
         f"mem={shape.guest_bytes >> 20}M",
@@ -140,9 +177,9 @@ def _arguments(bundle: Bundle, shape: Jail) -> list[str]:
         "quiet", "pty.legacy_count=0", "initcall_blacklist=raid6_select_algo", "lpj=4000000",
         "random.trust_cpu=on",
     ]  # fmt: skip
-    layers = len(bundle.rootfs.layer_files)
-    found += [f"ubd{number}r=/disks/{number}" for number in range(layers)]
-    found.append(f"ubd{layers}=/disks/{layers}")
+    for number, writable in enumerate(disks_):
+        found.append(f"ubd{number}{'' if writable else 'r'}=/disks/{number}")
+    found += [f"ubd{len(disks_)}r={RING}", f"BULKHEAD_GUEST_RING={_device(len(disks_))}"]
     for number, nic in enumerate(bundle.nics):
         tap = FIRST_TAP_FD + number
         # vec=0: packets one by one. Many at once (recvmmsg) is for sockets; a tap is none.

@@ -125,6 +125,10 @@ class Bundle:
     """A guest's network interfaces; a container has them in its network namespace instead."""
     kernel: str = ""
     """The guest kernel's name, "" for the boundary's default."""
+    exclusive: frozenset[str] = frozenset()
+    """Sources of binds that nobody but this workload writes while it runs; for caches."""
+    disks: Mapping[str, str] = field(default_factory=dict)
+    """For guests: sources of binds that are file systems of their own, and their image files."""
     machine: WholeMachine | None = None
     """What the workload is instead of a program: a machine with disks of its own."""
 

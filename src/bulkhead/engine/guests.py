@@ -1,15 +1,18 @@
 """Workloads with a kernel of their own: what they cannot have, and what a start adds for them."""
 
 import contextlib
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bulkhead.boundary import registry
 from bulkhead.boundary.seam import Nic, Rootfs
-from bulkhead.engine import body, options
+from bulkhead.engine import body, options, stdio
 from bulkhead.engine.records import Record, Workload
 from bulkhead.errors import Invalid, Unsupported
-from bulkhead.network.tap import guest_taps
+from bulkhead.home import Home
+from bulkhead.linux.fds import OwnedFd
+from bulkhead.network.tap import guest_taps, guest_wires
 from bulkhead.store import merged
 
 if TYPE_CHECKING:
@@ -25,6 +28,11 @@ def is_guest(record: Record) -> bool:
     return record.boundary in registry.GUESTS
 
 
+def has_disk(record: Record) -> bool:
+    """Whether its files are on a disk of its kernel's, not in directories of the host."""
+    return is_guest(record) and record.kernel != registry.GVISOR
+
+
 def check(record: Record) -> None:
     """Refuse what a workload of another kernel cannot have, in words; Unsupported or Invalid."""
     if not is_guest(record):
@@ -36,6 +44,11 @@ def check(record: Record) -> None:
         return
     host = record.host
     disk_size(host)
+    foreign = record.kernel == registry.GVISOR
+    if foreign and record.boundary != "sandbox":
+        raise Invalid(
+            f"--kernel {record.kernel} is for the boundary sandbox, not {record.boundary}"
+        )
     for option, present in (
         (f"--network {host.network_mode}", _others(host.network_mode)),
         (f"--pid {host.pid_mode}", _others(host.pid_mode)),
@@ -43,20 +56,14 @@ def check(record: Record) -> None:
         ("--uts host", host.uts_mode == "host"),
         ("--userns", host.userns_mode not in {"", "host"}),
         ("--cgroupns host", host.cgroupns_mode == "host"),
-        ("--privileged", host.privileged),
         ("--device", bool(host.devices)),
-        ("--init", bool(host.init)),
+        (f"--storage-opt with --kernel {record.kernel}", bool(host.storage_opt) and foreign),
+        (f"--privileged with --kernel {record.kernel}", host.privileged and foreign),
     ):
         if present:
             raise Unsupported(
                 f"{option} is not possible behind the boundary {record.boundary}: "
                 "it has a kernel of its own"
-            )
-    for point in record.mounts:
-        if point.type_ != "tmpfs":
-            raise Unsupported(
-                f"{point.type_} mounts ({point.destination}) are not yet possible behind the "
-                f"boundary {record.boundary}; tmpfs mounts are"
             )
 
 
@@ -77,6 +84,8 @@ def disk_size(host: body.HostConfig) -> int:
 
 async def rootfs(engine: "Engine", record: Record, base: Rootfs) -> Rootfs:
     """The root with what a guest mounts: the images of its layers and its writable disk."""
+    if record.vm is not None:
+        return base
     files: dict[str, None] = {}
     for diff_id in reversed(record.diff_ids):
         layer = engine.store.layer(diff_id)
@@ -102,7 +111,7 @@ async def rootfs(engine: "Engine", record: Record, base: Rootfs) -> Rootfs:
 
 def nics(record: Record, netns: str | None, undo: contextlib.AsyncExitStack) -> tuple[Nic, ...]:
     """The interfaces that the network has prepared, as a guest's; closed by `undo` on failure."""
-    if not is_guest(record) or netns is None:
+    if not has_disk(record) or netns is None:
         return ()
     made = []
     for one in guest_taps(netns):
@@ -112,14 +121,34 @@ def nics(record: Record, netns: str | None, undo: contextlib.AsyncExitStack) -> 
     return tuple(made)
 
 
-def refuse(workload: Workload, what: str) -> None:
-    """Unsupported, for what needs to look into a workload's files or processes from outside."""
-    record = workload.record
-    if is_guest(record):
-        raise Unsupported(
-            f"{what} is not possible behind the boundary {record.boundary}: only its own kernel "
-            f"sees that; bulkhead exec {record.name} does it from inside"
-        )
+def wires(
+    record: Record, netns: str | None, undo: contextlib.AsyncExitStack
+) -> tuple[OwnedFd, ...]:
+    """The namespace that gVisor takes its interfaces from; the caller's to close after the start."""
+    if record.kernel != registry.GVISOR or netns is None:
+        return ()
+    wire = guest_wires(netns)
+    undo.callback(wire.close)
+    return (wire,)
+
+
+def writable_bytes(home: Home, record: Record) -> int:
+    """Bytes on disk of the workload's writable layer, a guest's disk included."""
+    directory = home.workload(record.id)
+    total = stdio.writable_bytes(f"{directory}/upper")
+    with contextlib.suppress(FileNotFoundError):
+        total += os.stat(f"{directory}/{_DISK}").st_blocks * 512
+    return total
+
+
+def explain_oom(record: Record, kills: int) -> str:
+    """One line on kills for want of memory inside the guest."""
+    limit = record.host.memory
+    size = f"--memory {limit >> 20}m" if limit else "its boundary's default size, no --memory given"
+    return (
+        f"out of memory inside the guest: its kernel killed {kills} process{'es' * (kills > 1)} "
+        f"(it has {size})"
+    )
 
 
 def check_unplugged(workload: Workload) -> None:

@@ -24,7 +24,7 @@ import msgspec
 from bulkhead import _native
 from bulkhead.boundaries import jail
 from bulkhead.boundaries.container import Container, ContainerBoundary
-from bulkhead.boundaries.guest import link, plan
+from bulkhead.boundaries.guest import files, link, plan
 from bulkhead.boundaries.guest.interior import Interior
 from bulkhead.boundaries.guest.report import INSIDE, Report
 from bulkhead.boundary.registry import Services
@@ -129,6 +129,7 @@ class Guest:
                 rows=stdio.rows,
                 columns=stdio.columns,
             ),
+            shared=True,
         )
 
     async def show(self, stdio: Stdio) -> Launched:
@@ -136,16 +137,24 @@ class Guest:
 
         They are there (`interior`) until the standard input ends.
         """
-        return await self._boot(stdio, lambda machine: plan.show(self.bundle, machine))
+        return await self._boot(
+            stdio, lambda machine: plan.show(self.bundle, machine), shared=False
+        )
 
     async def _boot(
-        self, stdio: Stdio, planning: Callable[[plan.Machine], plan.Planned]
+        self, stdio: Stdio, planning: Callable[[plan.Machine], plan.Planned], *, shared: bool
     ) -> Launched:
         bundle, uid = self.bundle, jail.uid_of(self.bundle.id)
         prepared = await asyncio.to_thread(
             lambda: self.boundary.prepare(bundle, terminal=stdio.terminal)
         )
-        planned = planning(prepared.machine)
+        machine = prepared.machine
+        shares = None
+        if shared:
+            known = (*plan.engine_files(bundle.spec), *machine.sources)
+            shares = files.Shares(bundle, known)
+            machine = dataclasses.replace(machine, sources={**shares.sources, **machine.sources})
+        planned = planning(machine)
         with contextlib.ExitStack() as undo:
             for fd in (*prepared.fds, *(nic.tap for nic in bundle.nics)):
                 undo.callback(fd.close)
@@ -155,6 +164,13 @@ class Guest:
             taps = [int(nic.tap) for nic in bundle.nics]
             # The lock is the last: it ends with the last process of the jail.
             fds = (int(frames), *taps, *(int(fd) for fd in prepared.fds), int(lock))
+            options = prepared.options
+            if shares:
+                program = native_program("bulkhead-files")
+                served = await shares.serve(self.inner, self.boundary.roots, program)
+                undo.callback(served.close)
+                options += ("--files-fd", str(jail.FIRST_FD + len(fds)))
+                fds += (int(served),)
             inside = jail.jail_bundle(bundle, prepared.jail, fds)
             inside.spec.mounts.append(_reports_mount(self._reports))
             inside.spec.mounts.append(_detail_mount(self._reports, uid))
@@ -162,7 +178,7 @@ class Guest:
             assert inside.spec.process is not None
             inside.spec.process.args = [
                 MONITOR, "run", "--socket", SOCKET, "--report", report.inside,
-                "--detail", _DETAIL, *prepared.options, "--", *prepared.jail.args,
+                "--detail", _DETAIL, *options, "--", *prepared.jail.args,
             ]  # fmt: skip
             self.inner.bundle = inside
             launched = await self.inner.start(stdio)

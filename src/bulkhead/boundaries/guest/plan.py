@@ -20,7 +20,7 @@ is its own anyway. Places in the guest:
 import errno
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -141,6 +141,35 @@ class Planned:
     """One line per step, for people."""
 
 
+@dataclass(frozen=True, slots=True)
+class VolumeDisks:
+    """Volumes that are disks of the guest: their image files (and whether it may write them), in
+    the order of its disks, and what the binds get from them.
+    """
+
+    files: tuple[tuple[str, bool], ...]
+    sources: Mapping[int, Source]
+
+
+def volume_disks(bundle: Bundle, device: Callable[[int], str]) -> VolumeDisks:
+    """What of `bundle.disks` its binds need; `device` names the guest's N-th volume disk."""
+    files: dict[str, bool] = {}
+    found: dict[int, tuple[int, str]] = {}
+    for position, mount in enumerate(bundle.spec.mounts):
+        for base, image in bundle.disks.items():
+            if mounts.is_bind(mount) and f"{mount.source}/".startswith(f"{base}/"):
+                writable = {"ro", "rro"}.isdisjoint(mount.options)
+                files[image] = files.get(image, False) or writable
+                found[position] = list(files).index(image), mount.source[len(base) + 1 :]
+    modes = list(files.values())
+    # One file system has one mode, whichever of its binds asked for what; they have their own.
+    sources = {
+        position: Disk(device(number), path=inside, readonly=not modes[number])
+        for position, (number, inside) in found.items()
+    }
+    return VolumeDisks(tuple(files.items()), sources)
+
+
 def start(
     bundle: Bundle,
     machine: Machine,
@@ -155,7 +184,7 @@ def start(
     Unsupported for what a guest cannot have: namespaces of others, devices, binds without a source.
     `filter_` saves the compilation of the configuration's system call filter.
     """
-    sources = {**_engine_files(bundle.spec), **machine.sources}
+    sources = {**engine_files(bundle.spec), **machine.sources}
     spec = guest_spec(bundle.spec, sources, cgroups=machine.cgroups)
     setup = _setup(bundle, spec, machine, sources)
     main = _main(spec, machine, sources, filter_, terminal=terminal)
@@ -308,7 +337,7 @@ def _place(position: int, source: Source) -> str:
     return f"{base}/{source.path}" if source.path else base
 
 
-def _engine_files(spec: Spec) -> dict[int, Source]:
+def engine_files(spec: Spec) -> dict[int, Source]:
     """The engine's own files among the binds, as they are now."""
     found: dict[int, Source] = {}
     for position, mount in enumerate(spec.mounts):
