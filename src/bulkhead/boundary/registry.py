@@ -11,11 +11,14 @@ _MODULES: dict[str, tuple[str, str]] = {
     "container": ("bulkhead.boundaries.container", "ContainerBoundary"),
     "sandbox": ("bulkhead.boundaries.sandbox", "SandboxBoundary"),
     "microvm": ("bulkhead.boundaries.microvm", "MicrovmBoundary"),
+    "vm": ("bulkhead.boundaries.vm", "VmBoundary"),
 }
 """Name: (module, class). The class is called with one `Services`."""
 
-GUESTS = frozenset({"sandbox", "microvm"})
+GUESTS = frozenset({"sandbox", "microvm", "vm"})
 """Those with a kernel of their own."""
+GVISOR = "gvisor"
+"""A kernel of the sandbox boundary that works on the host's files: it has no disks and no taps."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,21 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "network ls": ("network", "List networks"),
     "network prune": ("network", "Remove all unused networks"),
     "network rm": ("network", "Remove one or more networks"),
+    "vm create": ("vm", "Create a machine with disks of its own"),
+    "vm ls": ("vm", "List machines"),
+    "vm inspect": ("vm", "Display detailed information on one or more machines"),
+    "vm images": ("vm", "List disk images"),
+    "vm rmi": ("vm", "Remove one or more disk images"),
+    "vm import": ("vm", "Make a disk image from a file"),
+    "vm export": ("vm", "Write a machine's first disk as a file"),
+    "vm bootstrap": ("vm", "Make a bootable disk image from a distribution's packages"),
+    "vm snapshot": ("vm", "Save a machine, go back, or list what was saved"),
+    "vm resize": ("vm", "Make a machine's disk larger"),
+    "vm update": ("vm", "Change the hardware of a machine that does not run"),
+    "vm autostart": ("vm", "Start a machine whenever the engine begins, or not"),
+    "vm reset": ("vm", "Press the reset button of one or more machines"),
+    "vm firmware": ("vm", "Fetch the UEFI firmware from the distribution, if there is none"),
+    "vm screen": ("vm", "Show where a machine's screen is (VNC)"),
     "volume create": ("volume", "Create a volume"),
     "volume inspect": ("volume", "Display detailed information on one or more volumes"),
     "volume ls": ("volume", "List volumes"),
@@ -90,6 +105,13 @@ ALIASES: dict[str, str] = {
         f"image {word}": word
         for word in ("history", "import", "load", "pull", "push", "save", "tag")
     },
+    **{
+        f"vm {word}": word
+        for word in ("kill", "logs", "pause", "port", "rename", "restart", "rm", "start", "stats",
+                     "stop", "unpause", "wait")
+    },
+    "vm console": "attach",
+    "vm list": "vm ls",
     "container ls": "ps",
     "container list": "ps",
     "container ps": "ps",
@@ -121,5 +143,6 @@ GROUPS: dict[str, str] = {
     "kernel": "Manage guest kernels",
     "network": "Manage networks",
     "system": "Manage bulkhead",
+    "vm": "Manage machines with disks of their own",
     "volume": "Manage volumes",
 }

@@ -11,9 +11,14 @@ from bulkhead.engine.records import MountPoint, Record, Workload
 from bulkhead.errors import Invalid, NotFound
 from bulkhead.images.catalog import Image
 from bulkhead.isolation import capabilities
+from bulkhead.oci.image import ContainerConfig, ImageConfig
 
 _FIRST_ID, _ID_COUNT = 1 << 30, 1 << 16
 """Ranges of `--userns auto`: far above what useradd(8) and /etc/subuid give away."""
+
+BOUNDARY_LABEL = "bulkhead.boundary"
+_RUNTIMES = frozenset({"runc", "io.containerd.runc.v2", "default"})
+"""Names of Docker's runtimes that mean the container boundary."""
 
 
 def create(
@@ -24,16 +29,19 @@ def create(
     kernel: str = "",
     *,
     started_at_once: bool = False,
+    step_of: Image | None = None,
 ) -> tuple[Workload, list[str]]:
     """A new workload, recorded; and warnings.
 
     One that is `started_at_once` and goes with its end is recorded when it runs: before that an
     engine that is killed has promised nothing, and the next one clears away what it finds.
+    `step_of`: it is a step of a build, made of this image that nobody knows.
 
     Errors are Docker's: Invalid for a mistake in the request, NotFound for an unknown image,
     network or workload it refers to, Conflict for a taken name.
     """
-    record, warnings = _checked(engine, name, request, boundary, kernel)
+    record, warnings = _checked(engine, name, request, boundary, kernel, step_of)
+    record.building = step_of is not None
     with contextlib.ExitStack() as undo:
         _volumes(engine, record, request, undo)
         workload = Workload(record)
@@ -49,11 +57,16 @@ def draft(engine: Engine, name: str, request: body.CreateBody, boundary: str) ->
 
 
 def _checked(
-    engine: Engine, name: str, request: body.CreateBody, boundary: str, kernel: str = ""
+    engine: Engine,
+    name: str,
+    request: body.CreateBody,
+    boundary: str,
+    kernel: str = "",
+    image: Image | None = None,
 ) -> tuple[Record, list[str]]:
     kind = _boundary(boundary, request)
     warnings = options.validate(request, guest=kind in registry.GUESTS)
-    image = _image(engine, request.image)
+    image = image or _image(engine, request.image)
     warnings += platforms.check(image, request.image, request.platform or "")
     record = _record(engine, request, image, kind)
     record.kernel = kernel
@@ -63,14 +76,37 @@ def _checked(
     return record, warnings
 
 
+_NOTHING = Image("", ImageConfig(config=ContainerConfig(cmd=["vm"])), (), (), "", 0, "")
+
+
+def bare(
+    engine: Engine, name: str, request: body.CreateBody, boundary: str
+) -> tuple[Record, list[str]]:
+    """The record of a workload without an image, and warnings; nothing is written or made."""
+    warnings = options.validate(request, guest=True)
+    record = _record(engine, request, _NOTHING, boundary)
+    guests.check(record)
+    engine.reservations.check_processors(record)
+    record.name = _name(engine, name)
+    return record, warnings
+
+
 def _boundary(boundary: str, request: body.CreateBody) -> str:
+    """Its boundary: the flag's, the runtime's, the label's; those that are given must agree."""
     runtime = request.host_config.runtime if request.host_config else ""
-    chosen = boundary or runtime or "container"
-    if chosen in {"runc", "io.containerd.runc.v2", "default"}:
-        chosen = "container"
-    if chosen not in registry.names():
-        raise Invalid(f"unknown or invalid runtime name: {chosen}")
-    return chosen
+    label = (request.labels or {}).get(BOUNDARY_LABEL, "")
+    given: dict[str, str] = {}
+    for where, word in (("--boundary", boundary), ("Runtime", runtime), (BOUNDARY_LABEL, label)):
+        if not word:
+            continue
+        name = "container" if word in _RUNTIMES else word
+        if name not in registry.names():
+            raise Invalid(f"unknown or invalid runtime name: {word}")
+        given[where] = name
+    if len(set(given.values())) > 1:
+        said = ", ".join(f"{where}={name}" for where, name in given.items())
+        raise Invalid(f"conflicting boundaries: {said}")
+    return next(iter(given.values()), "container")
 
 
 def _image(engine: Engine, reference: str) -> Image:

@@ -173,6 +173,12 @@ def check_shared(other: Workload) -> None:
 
 def account_files(engine: "Engine", record: Record) -> Sequence[str]:
     """Where passwd and group of a running workload are read; for guests those of its image."""
-    if is_guest(record):
+    if has_disk(record):
         return engine.layers.lowers(record.diff_ids)
-    return (f"/proc/{record.pid}/root",)
+    return (host_root(record),)
+
+
+def host_root(record: Record) -> str:
+    """Where the host sees the root of a running workload without a disk of its own."""
+    place = f"/proc/{record.pid}/root"
+    return f"{place}/run/rootfs" if record.kernel == registry.GVISOR else place

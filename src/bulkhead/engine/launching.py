@@ -12,8 +12,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bulkhead.boundary.seam import Bundle, Launched, Rootfs
-from bulkhead.engine import copyup, guests, parents, specgen, stdio, users
+from bulkhead.boundary.seam import Bundle, Launched, Nic, Rootfs
+from bulkhead.engine import copyup, guests, parents, specgen, stdio, users, vm_shape
 from bulkhead.engine.records import MountPoint, Record, Workload
 from bulkhead.errors import (
     BulkheadError,
@@ -46,7 +46,7 @@ async def launch(engine: "Engine", workload: Workload, start: Start) -> Launched
     async with contextlib.AsyncExitStack() as undo:
         lowers = await engine.lowers(record.diff_ids)
         rootfs = _directories(engine, record, lowers)
-        if guests.is_guest(record):
+        if guests.has_disk(record):
             rootfs = await guests.rootfs(engine, record, rootfs)
         sources = [await _source(engine, record, point, lowers, undo) for point in record.mounts]
         undo.callback(engine.volumes.release, record.id)
@@ -58,30 +58,46 @@ async def launch(engine: "Engine", workload: Workload, start: Start) -> Launched
         engine.reservations.prepare(record)
         undo.callback(engine.reservations.settled, record)
         engine.reservations.shape(record, spec)
+        wires = guests.wires(record, attachment.netns_path, undo)
         bundle = Bundle(
             id=record.id,
             spec=spec,
             rootfs=rootfs,
             directory=engine.home.workload_run(record.id),
-            nics=guests.nics(record, attachment.netns_path, undo),
+            nics=_nics(engine, record, attachment, undo),
             kernel=record.kernel,
+            fds=tuple(int(fd) for fd in wires),
+            machine=vm_shape.describe(engine.home, record),
         )
         parents.claim(engine, record)
         undo.callback(parents.give_back, record)
         instance = await engine.boundary(record.boundary).create(bundle)
-        engine.spares.used(record.id, rootfs)
+        engine.spares.used(record.id, None if record.building else rootfs)
         undo.push_async_callback(_delete, instance)
         # While this process waits for the holder, there is time to replace what was taken.
         engine.tend_networks(0.0)
         engine.loop.call_soon(engine.spares.refill)
         with stdio.make(engine.home, record, start.rows, start.columns) as streams:
             launched = await instance.start(streams)
+        for wire in wires:
+            wire.close()
         workload.instance, workload.bundle = instance, bundle
         engine.processes.watch(record.id, launched.pidfd, launched.pid)
         engine.networks.started(record.id, launched.pid)
         workload.settings = engine.networks.settings(record.id)
         undo.pop_all()
     return launched
+
+
+def _nics(
+    engine: "Engine", record: Record, attachment: Attachment, undo: contextlib.AsyncExitStack
+) -> tuple[Nic, ...]:
+    """A guest's interfaces; a whole machine asks for their addresses itself."""
+    nics = guests.nics(record, attachment.netns_path, undo)
+    if record.vm is not None and attachment.netns_path is not None:
+        engine.leases.begin(record, attachment.netns_path, nics, attachment.resolv_conf)
+        undo.callback(engine.leases.end, record.id)
+    return nics
 
 
 async def _delete(instance: object) -> None:
@@ -93,9 +109,9 @@ def _directories(engine: "Engine", record: Record, lowers: tuple[str, ...]) -> R
     home = engine.home.workload(record.id)
     make_directories(engine.home, record.id)
     if not record.host.userns_mode or record.host.userns_mode == "host":
-        lowers = (*lowers, points(engine.home))
+        lowers = (*lowers, *engine.builds.points(record.id), points(engine.home))
     # What a reboot deletes need not be written back when it is unmounted.
-    volatile = record.host.auto_remove
+    volatile = record.host.auto_remove or record.building
     return Rootfs(lowers=lowers, upper=f"{home}/upper", work=f"{home}/work", volatile=volatile)
 
 

@@ -15,8 +15,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bulkhead.boundary.seam import Disposable, Instance, Launched, Measured
-from bulkhead.engine import launching, parents, restart
+from bulkhead.boundary.seam import Disposable, Instance, Launched, Measured, Secluded
+from bulkhead.engine import guests, launching, parents, restart
 from bulkhead.engine.launching import Start
 from bulkhead.engine.records import UNKNOWN_EXIT, Workload
 from bulkhead.engine.trees import delete_small
@@ -219,7 +219,10 @@ class Lifecycle:
         instance: object = workload.instance
         if isinstance(instance, Measured) and instance.oom_kills() > 0:
             record.oom_killed = True
-            record.oom_text = self._engine.explain_oom(record)
+            inside = instance.inside_kills() if isinstance(instance, Secluded) else 0
+            record.oom_text = (
+                guests.explain_oom(record, inside) if inside else self._engine.explain_oom(record)
+            )
             self._engine.events.emit("container", "oom", record.id, attributes(workload))
         duration = max(0, finished_ns - record.started_ns) // 10**9
         self._engine.events.emit(
@@ -235,6 +238,7 @@ class Lifecycle:
         for identity in list(workload.execs):
             engine.execs.workload_ended(workload, identity)
         try:
+            engine.leases.end(record.id)
             engine.networks.release(record.id)
             engine.tend_networks()
             workload.settings = None

@@ -14,6 +14,7 @@ import msgspec
 
 from bulkhead.engine import body
 from bulkhead.errors import Conflict, Invalid, NotFound
+from bulkhead.machines import spec as machine_spec
 from bulkhead.state.database import Database
 
 if TYPE_CHECKING:
@@ -80,13 +81,17 @@ class Record(msgspec.Struct, omit_defaults=True):
     """The topmost group above its own that we made for `--cgroup-parent`."""
     kernel: str = ""
     """The guest kernel that was asked for."""
+    vm: machine_spec.Spec | None = None
+    """A whole machine's hardware; it has no image."""
+    building: bool = False
+    """A step of a build: read when it has ended, then removed."""
     pinned: str = ""
     """Processors of its own, by a reservation of whole ones."""
 
     @property
     def durable(self) -> bool:
         """Whether this record is to survive a loss of power: not when a reboot deletes it."""
-        return not self.host.auto_remove
+        return not (self.host.auto_remove or self.building)
 
     @property
     def policy(self) -> str:

@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from bulkhead.boundary.seam import Bundle, Pausable, Rootfs
-from bulkhead.engine import restart, specgen
+from bulkhead.engine import restart, specgen, vm_shape
 from bulkhead.engine.launching import Start
 from bulkhead.engine.records import UNKNOWN_EXIT, Record, Workload
 from bulkhead.engine.users import Identity
@@ -105,6 +105,8 @@ def _bundle(engine: "Engine", record: Record, pid: int) -> Bundle:
         spec=specgen.generate(record, facts),
         rootfs=Rootfs(lowers=(), upper=f"{home}/upper", work=f"{home}/work"),
         directory=engine.home.workload_run(record.id),
+        kernel=record.kernel,
+        machine=vm_shape.describe(engine.home, record),
     )
 
 
@@ -117,6 +119,8 @@ async def _adopt(engine: "Engine", workload: Workload, entry: Entry) -> None:
         record.started_ns = entry.started_ns
         record.finished_ns = 0
     await _load(engine, workload)
+    if record.vm is not None:
+        engine.leases.resume(record)
     engine.processes.watch(record.id, None, entry.pid)
     engine.health.begin(workload)
 
@@ -224,6 +228,10 @@ def _start(engine: "Engine", was_up: set[str]) -> None:
         booted = record.boot_id != engine.boot_id
         record.boot_id = engine.boot_id
         ran = record.started_ns > 0
+        if record.vm is not None and record.vm.autostart:
+            if booted or not record.stopped_by_hand:
+                engine.spawn(_start_one(engine, workload))
+            continue
         if (booted and ran) or record.id in was_up:
             again = restart.wanted_at_boot(
                 record.host.restart_policy,

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
@@ -110,7 +111,7 @@ def bootstrap(catalog: Catalog, request: Request, progress: Progress) -> Image:
         size = sum(package.size for package in lock.packages)
         progress(status(f"Fetching {len(lock.packages)} packages, {size / 1e6:.1f} MB"))
         files = tool.download(lock.packages)
-        _repository(work, lock, files)
+        repository(work, lock, files)
         progress(status("Installing packages"))
         image = _build(catalog, lock, work, progress)
         _write_lock(request.lock, lock)
@@ -181,7 +182,16 @@ def _same(path: str, lock: Lock) -> bool:
     return known is not None and known.image == lock.image
 
 
-def _repository(work: str, lock: Lock, files: Sequence[str]) -> None:
+class Locked(Protocol):
+    """What a repository is made of: a lock file's contents, whatever they are for."""
+
+    suite: str
+    architecture: str
+    epoch: int
+    packages: list[apt.Package]
+
+
+def repository(work: str, lock: Locked, files: Sequence[str]) -> None:
     """A flat repository in work/debs with just the lock's packages, their hashes verified.
 
     mmdebstrap selects what is essential by the suite's name, so there is a Release file with it.
@@ -236,7 +246,7 @@ def _command(lock: Lock, work: str) -> list[str]:
 def _build(catalog: Catalog, lock: Lock, work: str, progress: Progress) -> Image:
     created = of_nanoseconds(lock.epoch * 10**9)
     with catalog.store.lease():
-        chunks = _tar(_command(lock, work), lock.epoch, work, progress)
+        chunks = tar(_command(lock, work), lock.epoch, work, progress)
         layer = catalog.store.ingest(chunks, compression="", keep_blob=False)
         platform = host_platform()
         config = ImageConfig(
@@ -261,7 +271,7 @@ def _build(catalog: Catalog, lock: Lock, work: str, progress: Progress) -> Image
     return catalog.image(stored.image)
 
 
-def _tar(command: list[str], epoch: int, work: str, progress: Progress) -> Iterator[bytes]:
+def tar(command: list[str], epoch: int, work: str, progress: Progress) -> Iterator[bytes]:
     """What `command` writes to standard output; Unavailable, with its last words, if it fails."""
     environment = {
         "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),

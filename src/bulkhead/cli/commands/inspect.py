@@ -14,6 +14,7 @@ _ASK: dict[str, Callable[[str, bool], tuple[str, dict[str, Any]]]] = {
     "image": lambda name, size: ("image.inspect", {"name": name}),
     "network": lambda name, size: ("network.inspect", {"name": name}),
     "volume": lambda name, size: ("volume.inspect", {"name": name}),
+    "vm": lambda name, size: ("vm.inspect", {"id": name}),
 }
 
 

@@ -1,0 +1,1 @@
+"""Whole machines: their disks, what is on them, and what boots them."""
