@@ -62,6 +62,9 @@ class Control:
         """End it: the stop signal, then after `timeout_s` SIGKILL (-1: never); False if ended."""
         engine, record = self._engine, workload.record
         number = self._stop_signal(workload, text)
+        if record.status == "restarting" and workload.restart_timer is None:
+            async with workload.lock:  # its next start is under way: what starts now is stopped
+                pass
         if engine.lifecycle.abandon_restart(workload):
             record.stopped_by_hand = True
             engine.workloads.save(workload)

@@ -183,7 +183,8 @@ class Lifecycle:
         if remove:
             engine.removal.forget(workload)
         else:
-            engine.workloads.save(workload)
+            engine.workloads.save(workload, durable=False)
+            engine.sync_soon()
         if not workload.ended.done():
             workload.ended.set_result(record.exit_code)
         for _ in range(3):  # let those who waited answer their clients first

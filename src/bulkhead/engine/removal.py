@@ -2,7 +2,8 @@
 
 1. the record says `removing`        (an engine that begins goes on with 2)
 2. the process is killed, the run cleaned up
-3. the record is deleted             (from here the directories belong to nobody)
+3. the record is deleted             (from here the directories belong to nobody; for a run that
+                                      has ended this is the first step, and the client is told)
 4. ROOT/workloads/ID and RUN/workloads/ID are deleted; `sweep` finds those of no record
 """
 
@@ -63,6 +64,10 @@ class Removal:
         engine, record = self._engine, workload.record
         record.removing = True
         record.stopped_by_hand = True
+        if self._forgettable(workload):
+            self.forget(workload, volumes=volumes)
+            engine.spawn(self._erase_cleaned(workload))
+            return
         # For an engine that is killed now; after a loss of power nothing was acknowledged.
         engine.workloads.save(workload, durable=False)
         engine.lifecycle.abandon_restart(workload)
@@ -73,6 +78,26 @@ class Removal:
             await workload.cleaned.wait()
             self.forget(workload, volumes=volumes)
             await self.erase(workload)
+
+    @staticmethod
+    def _forgettable(workload: Workload) -> bool:
+        """Whether nothing is left of it that anybody could miss or meet: a run that has ended, in
+        directories and control groups of its own. They are cleared away behind the answer.
+        """
+        record = workload.record
+        return (
+            record.status in {"created", "exited"}
+            and record.boundary == "container"
+            and not workload.lock.locked()
+            and not record.mounts
+            and not record.host.cgroup_parent
+            and record.host.ipc_mode != "shareable"
+            and not record.host.pid_mode
+        )
+
+    async def _erase_cleaned(self, workload: Workload) -> None:
+        await workload.cleaned.wait()
+        await self.erase(workload)
 
     def forget(self, workload: Workload, *, volumes: bool = True) -> None:
         """Step 3, with the anonymous volumes if asked for; its name is free afterwards."""

@@ -3,8 +3,9 @@
     ROOT/state.db   WAL; written by the one engine that holds ROOT/lock, from its loop's thread
 
 What is acknowledged survives power loss: each commit is flushed (synchronous=FULL), except those
-asked for with `durable=False`, which survive the death of every process but not of the machine;
-they are for records that a reboot deletes anyway (workloads run with --rm, times of start).
+asked for with `durable=False`, which survive the death of every process, but that of the machine
+only from the next `sync` or flushed commit on; they are for records that a reboot deletes anyway
+(workloads run with --rm, times of start), and for how a run ended, which is flushed soon.
 
 Migrations are numbered files `migrations/NNNN_name.sql`, each applied once, in one transaction with
 `PRAGMA user_version`. A database written by a newer version is refused, not guessed at.
@@ -120,6 +121,18 @@ class Database:
             self._connection.execute("COMMIT")
         finally:
             self._depth = 0
+
+    def sync(self) -> None:
+        """Flush what was committed with `durable=False`; for any thread."""
+        # A reader takes every whole transaction of the log, so that its bytes are all there is to
+        # flush; what has left the log was flushed by the checkpoint (sqlite.org/wal.html).
+        # SQLite's locks are not on this file: closing it lets go of none (fcntl(2)).
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
 
     def documents(self, kind: str) -> "Documents":
         """The documents of one kind."""
