@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from signal import SIGKILL
 from typing import Any
 
-from bulkhead.boundaries import container_idmap
+from bulkhead.boundaries import container_copyup, container_idmap
 from bulkhead.boundaries.container_exec import exec_template
 from bulkhead.boundaries.container_plan import Ground, plan_launch
 from bulkhead.boundaries.container_process import candidates
@@ -225,7 +225,8 @@ class Container:
             before, self._root = self._root, None
             await asyncio.to_thread(before.close)
         with contextlib.ExitStack() as undo:
-            prepared = await self._prepare_mapped(undo)
+            prepared = container_copyup.prepare(self.bundle, undo)
+            prepared |= await self._prepare_mapped(undo)
             root = prepared.pop("root", None)
             if "userns" not in prepared:
                 root = self._ready_root()
@@ -531,6 +532,8 @@ def _mount_overlay(rootfs: Rootfs) -> OwnedFd:
 
 def _mapped_root(bundle: Bundle, userns: OwnedFd) -> OwnedFd:
     linux = bundle.spec.linux
+    if bundle.rootfs.directory is not None and not bundle.rootfs.mapped:
+        return kernel_mounts.clone_tree(bundle.rootfs.directory, recursive=True)
     owner = idmap.to_host(linux.uid_mappings, 0), idmap.to_host(linux.gid_mappings, 0)
     if owner[0] is None or owner[1] is None:
         raise Invalid("linux.uidMappings, gidMappings: id 0 must be mapped")

@@ -58,6 +58,8 @@ class Rootfs:
     """Its size in bytes, 0 for the default."""
     volatile: bool = False
     """Writes to the overlay need not survive a loss of power, not even those that were fsynced."""
+    mapped: bool = True
+    """Owners are seen through the maps of the workload's user namespace, if it has one."""
 
 
 @dataclass(frozen=True, slots=True)

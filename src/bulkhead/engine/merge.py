@@ -5,30 +5,10 @@ import posixpath
 from bulkhead.engine import body
 from bulkhead.engine.options import as_list
 from bulkhead.errors import Invalid
+from bulkhead.isolation.masks import MASKED_PATHS, READONLY_PATHS
 from bulkhead.oci.image import ContainerConfig
 
 SHM_SIZE = 64 << 20
-MASKED_PATHS = [
-    "/proc/acpi",
-    "/proc/asound",
-    "/proc/interrupts",
-    "/proc/kcore",
-    "/proc/keys",
-    "/proc/latency_stats",
-    "/proc/sched_debug",
-    "/proc/scsi",
-    "/proc/timer_list",
-    "/proc/timer_stats",
-    "/sys/devices/virtual/powercap",
-    "/sys/firmware",
-]
-READONLY_PATHS = [
-    "/proc/bus",
-    "/proc/fs",
-    "/proc/irq",
-    "/proc/sys",
-    "/proc/sysrq-trigger",
-]
 
 
 def _env(own: list[str], image: list[str]) -> list[str]:

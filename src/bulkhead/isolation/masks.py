@@ -15,6 +15,29 @@ from bulkhead.linux.openat2 import HOW_SIZE
 from bulkhead.linux.program import Fd, Program, Slot
 from bulkhead.linux.tree import OPEN_ANY, OPEN_DIRECTORY, Tree
 
+MASKED_PATHS = (
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/devices/virtual/powercap",
+    "/sys/firmware",
+)
+"""What the kernel tells or takes there concerns the host."""
+READONLY_PATHS = (
+    "/proc/bus",
+    "/proc/fs",
+    "/proc/irq",
+    "/proc/sys",
+    "/proc/sysrq-trigger",
+)
+
 _FILES = frozenset(
     {
         "/proc/kcore",

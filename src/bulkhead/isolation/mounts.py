@@ -118,6 +118,12 @@ def _bits(name: str) -> tuple[int, int]:
     return _ATIME[name], kernel.ATTR_ATIME
 
 
+def option_names() -> list[str]:
+    """Every option of a mount that is known here; others go to the file system."""
+    plain = {*_SET, *_CLEAR, *_ATIME, *_PROPAGATION, *_IGNORED, *_FLAGS, "bind", "idmap"}
+    return sorted(plain | {"ridmap", "tmpcopyup"} | {f"r{name}" for name in _RECURSIVE})
+
+
 def is_bind(mount: Mount) -> bool:
     """Whether `mount` shows files that exist, rather than a new file system."""
     return mount.type_ == "bind" or "bind" in mount.options or "rbind" in mount.options
@@ -169,7 +175,7 @@ def plan_new(tree: Tree, mount: Mount, *, attributes: int | None = None) -> Slot
     """A file system of `mount`'s type at its destination; the slot is its mount."""
     options = parse(mount.options)
     if options.copy_up:
-        raise Invalid(f"mount {mount.destination}: tmpcopyup is not supported")
+        raise Invalid(f"mount {mount.destination}: tmpcopyup goes with a tmpfs made before")
     step = f"mount {mount.type_} on {mount.destination}"
     wanted = options.attributes | options.recursive_attributes
     created = plan_filesystem(

@@ -1,9 +1,9 @@
 """Hooks of the runtime specification: programs called at the points of a container's life.
 
 prestart, createRuntime, poststart and poststop run where the runtime runs. createContainer runs in
-the container's namespaces but still sees the host's files (the child has not pivoted), startContainer
-runs inside, confined as the workload is: its program comes from the image. Each reads the state on
-its standard input; see config.md, "POSIX-platform Hooks".
+the container's namespaces but still sees the host's files (the child has not pivoted);
+startContainer runs inside, confined as the workload is: its program comes from the image. Each
+reads the state on its standard input; see config.md, "POSIX-platform Hooks".
 """
 
 import json
@@ -86,7 +86,9 @@ def outside(hook: Hook, given: OwnedFd, said: OwnedFd) -> int:
     """A hook that runs where we run."""
     environment = dict(variable.partition("=")[::2] for variable in hook.env)
     out = int(said)
-    actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in ((0, int(given)), (1, out), (2, out))]
+    actions = [
+        (os.POSIX_SPAWN_DUP2, fd, number) for number, fd in ((0, int(given)), (1, out), (2, out))
+    ]
     return os.posix_spawn(hook.path, hook.args or [hook.path], environment, file_actions=actions)
 
 
@@ -130,9 +132,7 @@ class Inside:
             filter_=filter_,
             oom_score_adj=process.oom_score_adj or 0,
         )
-        data = template.compiled.filled(
-            {"candidates": [hook.path], "argv": args, "env": hook.env}
-        )
+        data = template.compiled.filled({"candidates": [hook.path], "argv": args, "env": hook.env})
         return self._launch(data, template.compiled.steps, template.fds, given, said)
 
     def _launch(

@@ -21,11 +21,13 @@ import msgspec
 
 from bulkhead import home
 from bulkhead.boundaries.container import Container, ContainerBoundary
+from bulkhead.boundaries.container_process import candidates
+from bulkhead.boundary.failures import EXEC, launch_failure
 from bulkhead.boundary.registry import Services
 from bulkhead.boundary.seam import Bundle, Rootfs, Stdio
 from bulkhead.errors import Conflict, Internal, Invalid, NotFound, Unsupported
 from bulkhead.isolation import mounts
-from bulkhead.linux import pidfd, prctl, procfs
+from bulkhead.linux import openat2, pidfd, prctl, procfs
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.oci.runtime import DeviceCgroup, Hooks, Mount, Process, Resources, Spec, decode
 from bulkhead.runtime import console, hooks
@@ -126,7 +128,7 @@ def cgroup_path(path: str, identity: str) -> str:
     return "/" + os.path.normpath(path).lstrip("/") if path else f"/bulkhead/{identity}"
 
 
-def boundary_of(records: Records, spawner: Spawner) -> ContainerBoundary:
+def boundary_of(spawner: Spawner) -> ContainerBoundary:
     """The container boundary over `spawner`."""
     return ContainerBoundary(Services(home.default(), spawner))
 
@@ -160,7 +162,7 @@ class _Creation:
             undo.callback(self.records.remove, identity)
             self.records.save(self.record)
             spawner = Spawner(f"{path}/progress")
-            boundary = boundary_of(self.records, spawner)
+            boundary = boundary_of(spawner)
             with ExitStack() as lent:
                 container = self._launch(boundary, spawner, path, undo, lent)
             pid = container.state().pid
@@ -190,7 +192,7 @@ class _Creation:
         bundle = Bundle(
             self.record.id,
             self.spec,
-            Rootfs(directory=self.record.rootfs),
+            Rootfs(directory=self.record.rootfs, mapped=False),
             path,
             gates={"hooks": int(waits), "start": int(gate)},
         )
@@ -205,14 +207,19 @@ class _Creation:
         spawner.notes = {
             PTY: self._take_terminal,
             "hooks": hooks_due,
-            "start": lambda _pid, _fd: True,
+            "start": self._ready,
         }
         terminal = self.spec.process is not None and self.spec.process.terminal
-        stdio = Stdio(terminal=True) if terminal else _streams(lent)
+        stdio = Stdio(terminal=True) if terminal else streams(lent)
         execute = run if self.spec.linux.namespace("user") is not None else drive
         execute(container.start(stdio))
         self.records.save_spec(self.record.id, self.spec, spawner.steps)
         return container
+
+    def _ready(self, pid: int, _fd: OwnedFd) -> bool:
+        assert self.spec.process is not None
+        check_program(pid, self.spec.process)
+        return True
 
     def _take_terminal(self, _pid: int, master: OwnedFd) -> bool:
         if self.options.console_socket:
@@ -230,8 +237,31 @@ class _Creation:
             hooks.Point(name, members, hooks.outside).call(told)
         if self.hooks.create_container:
             with inside(self.spec, pid, container) as there:
-                point = hooks.Point("createContainer", self.hooks.create_container, there.before_pivot)
+                point = hooks.Point(
+                    "createContainer", self.hooks.create_container, there.before_pivot
+                )
                 point.call(told)
+
+
+def check_program(pid: int, process: Process) -> None:
+    """Refuse a program that is not in the root of `pid`, or that nobody can execute.
+
+    CommandNotFound, CommandNotExecutable; `start` would find out too late for those who ask.
+    """
+    problem = errno.ENOENT
+    with OwnedFd(os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as root:
+        for path in candidates(process):
+            inside_root = os.path.join(process.cwd, path)
+            try:
+                with openat2.openat2(int(root), inside_root, os.O_PATH, openat2.IN_ROOT) as fd:
+                    mode = os.fstat(int(fd)).st_mode
+            except OSError:
+                continue
+            if stat.S_ISREG(mode) and mode & 0o111:
+                return
+            problem = errno.EACCES
+    name = process.args[0].encode(errors="surrogateescape")
+    raise launch_failure(EXEC, 0, problem, name, ["execute the program"], no_interpreter=False)
 
 
 def create(records: Records, identity: str, options: Options) -> Record:
@@ -240,11 +270,12 @@ def create(records: Records, identity: str, options: Options) -> Record:
     return _Creation(records, identity, options).run()
 
 
-def load(records: Records, record: Record) -> Container:
-    """The container of an earlier command."""
+def load(records: Records, record: Record, spawner: Spawner | None = None) -> Container:
+    """The container of an earlier command; `spawner` runs what is executed in it."""
     spec = records.spec(record.id)
     bundle = Bundle(record.id, spec, Rootfs(directory=record.rootfs), records.path(record.id))
-    return drive(boundary_of(records, Spawner()).load(bundle, record.pid if alive(record) else 0))
+    boundary = boundary_of(spawner or Spawner())
+    return drive(boundary.load(bundle, record.pid if alive(record) else 0))
 
 
 @contextlib.contextmanager
@@ -307,10 +338,9 @@ def _wait_for_exec(records: Records, record: Record, process: OwnedFd) -> None:
     """Until the child has become its program; LaunchFailed if it has ended instead."""
     poller = select.poll()
     poller.register(int(process), select.POLLIN)
-    while procfs.kernel_flags(record.pid) & _FORK_NO_EXEC:
-        if poller.poll(0):
-            break
-        time.sleep(_LOOK_S)
+    with contextlib.suppress(ProcessLookupError):  # ended, and reaped by its parent
+        while procfs.kernel_flags(record.pid) & _FORK_NO_EXEC and not poller.poll(0):
+            time.sleep(_LOOK_S)
     with open(records.path(record.id, "progress"), "rb") as file:
         progress = read_progress(file.read())
     if not progress.executed:
@@ -397,7 +427,7 @@ def _end(container: Container) -> None:
     container.group.kill()
 
 
-def _streams(undo: ExitStack) -> Stdio:
+def streams(undo: ExitStack) -> Stdio:
     """Copies of our standard streams: a program cannot put a descriptor onto itself."""
     copies = [undo.enter_context(OwnedFd(os.dup(number))) for number in range(3)]
     return Stdio(stdin=int(copies[0]), stdout=int(copies[1]), stderr=int(copies[2]))

@@ -68,7 +68,9 @@ def default_root() -> str:
     """/run/bulkhead-runtime, for a user without privileges a folder of their own."""
     if os.geteuid() == 0:
         return "/run/bulkhead-runtime"
-    return os.path.join(os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}"), "bulkhead-runtime")
+    return os.path.join(
+        os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}"), "bulkhead-runtime"
+    )
 
 
 def log(general: Values, level: str, text: str) -> None:
@@ -96,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BulkheadError as error:
         text = str(error)
     except OSError as error:
-        text = f"{error.filename or ''}: {error.strerror}".lstrip(": ")
+        text = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
     return _fail(general, text)
 
 
@@ -133,9 +135,8 @@ def _dispatch(general: Values, rest: list[str]) -> int:
     if not command.least <= len(positional) or len(positional) > command.most >= 0:
         raise Invalid(f"usage: bulkhead-runtime {command.name} [OPTION…] {command.usage}".rstrip())
     module = import_module(f"bulkhead.runtime.{_MODULES.get(command.name, 'commands')}")
-    code = getattr(module, command.name if command.name != "exec" else "exec_")(
-        Context(general, values, positional)
-    )
+    function = {"exec": "exec_", "list": "list_"}.get(command.name, command.name)
+    code = getattr(module, function)(Context(general, values, positional))
     assert isinstance(code, int)
     return code
 

@@ -1,11 +1,11 @@
 """What a runtime remembers between two of its commands.
 
-    <root>/ID/                0711, made exclusively: the id is taken by it
-        state.json            `Record`, replaced as a whole
-        config.json           the configuration as it was when the container was made
-        start.fifo            while the container waits for `start`
-        progress, steps.json  what `start` needs to say what has failed
-        lock                  flock'd by every command that changes something
+<root>/ID/                0711, made exclusively: the id is taken by it
+    state.json            `Record`, replaced as a whole
+    config.json           the configuration as it was when the container was made
+    start.fifo            while the container waits for `start`
+    progress, steps.json  what `start` needs to say what has failed
+    lock                  flock'd by every command that changes something
 """
 
 import contextlib
@@ -125,7 +125,7 @@ class Records:
             return []
 
     def status(self, record: Record) -> str:
-        """"creating", "created", "running", "paused" or "stopped", by what the kernel says."""
+        """ "creating", "created", "running", "paused" or "stopped", by what the kernel says."""
         if not record.pid:
             return "creating"
         if not alive(record):
