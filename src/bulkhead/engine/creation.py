@@ -3,15 +3,18 @@
 import contextlib
 import os
 import time
+from typing import TYPE_CHECKING
 
 from bulkhead.boundary import registry
 from bulkhead.engine import body, guests, merge, mountpoints, names, options, platforms, security
-from bulkhead.engine.core import Engine
 from bulkhead.engine.records import MountPoint, Record, Workload
 from bulkhead.errors import Invalid, NotFound
 from bulkhead.images.catalog import Image
 from bulkhead.isolation import capabilities
 from bulkhead.oci.image import ContainerConfig, ImageConfig
+
+if TYPE_CHECKING:
+    from bulkhead.engine.core import Engine
 
 _FIRST_ID, _ID_COUNT = 1 << 30, 1 << 16
 """Ranges of `--userns auto`: far above what useradd(8) and /etc/subuid give away."""
@@ -22,7 +25,7 @@ _RUNTIMES = frozenset({"runc", "io.containerd.runc.v2", "default"})
 
 
 def create(
-    engine: Engine,
+    engine: "Engine",
     name: str,
     request: body.CreateBody,
     boundary: str,
@@ -51,13 +54,13 @@ def create(
     return workload, warnings
 
 
-def draft(engine: Engine, name: str, request: body.CreateBody, boundary: str) -> Record:
+def draft(engine: "Engine", name: str, request: body.CreateBody, boundary: str) -> Record:
     """The record that `create` would write; nothing is written or made."""
     return _checked(engine, name, request, boundary)[0]
 
 
 def _checked(
-    engine: Engine,
+    engine: "Engine",
     name: str,
     request: body.CreateBody,
     boundary: str,
@@ -80,7 +83,7 @@ _NOTHING = Image("", ImageConfig(config=ContainerConfig(cmd=["vm"])), (), (), ""
 
 
 def bare(
-    engine: Engine, name: str, request: body.CreateBody, boundary: str
+    engine: "Engine", name: str, request: body.CreateBody, boundary: str
 ) -> tuple[Record, list[str]]:
     """The record of a workload without an image, and warnings; nothing is written or made."""
     warnings = options.validate(request, guest=True)
@@ -109,13 +112,13 @@ def _boundary(boundary: str, request: body.CreateBody) -> str:
     return next(iter(given.values()), "container")
 
 
-def _image(engine: Engine, reference: str) -> Image:
+def _image(engine: "Engine", reference: str) -> Image:
     if not reference:
         raise Invalid("No image was specified")
     return engine.images.resolve(reference)
 
 
-def _name(engine: Engine, name: str) -> str:
+def _name(engine: "Engine", name: str) -> str:
     if name:
         checked = names.check(name)
         engine.workloads.check_name(checked)
@@ -123,7 +126,7 @@ def _name(engine: Engine, name: str) -> str:
     return names.invent(engine.workloads.names())
 
 
-def _record(engine: Engine, request: body.CreateBody, image: Image, boundary: str) -> Record:
+def _record(engine: "Engine", request: body.CreateBody, image: Image, boundary: str) -> Record:
     host = request.host_config or body.HostConfig()
     merge.host(host, boundary)
     config = merge.config(request, image.config.container)
@@ -161,7 +164,7 @@ def _record(engine: Engine, request: body.CreateBody, image: Image, boundary: st
     )
 
 
-def _free_ids(engine: Engine) -> str:
+def _free_ids(engine: "Engine") -> str:
     """A range of ids that no other workload of ours has, as "FIRST:COUNT"."""
     taken = {workload.record.host.userns_mode for workload in engine.workloads}
     first = _FIRST_ID
@@ -170,7 +173,7 @@ def _free_ids(engine: Engine) -> str:
     return f"{first}:{_ID_COUNT}"
 
 
-def _references(engine: Engine, host: body.HostConfig) -> None:
+def _references(engine: "Engine", host: body.HostConfig) -> None:
     """Other workloads that are named must exist; they are remembered by id."""
     for member in ("network_mode", "ipc_mode", "pid_mode"):
         value: str = getattr(host, member)
@@ -181,7 +184,7 @@ def _references(engine: Engine, host: body.HostConfig) -> None:
 
 
 def _networks(
-    engine: Engine, request: body.CreateBody, host: body.HostConfig
+    engine: "Engine", request: body.CreateBody, host: body.HostConfig
 ) -> dict[str, body.EndpointSettings]:
     given = (request.networking_config or body.NetworkingConfig()).endpoints_config or {}
     mode = host.network_mode
@@ -208,7 +211,7 @@ def _networks(
     return wanted
 
 
-def _mounts(engine: Engine, config: body.Config, host: body.HostConfig) -> list[MountPoint]:
+def _mounts(engine: "Engine", config: body.Config, host: body.HostConfig) -> list[MountPoint]:
     def inherited(name: str) -> list[MountPoint]:
         return [
             MountPoint(**{f: getattr(point, f) for f in MountPoint.__struct_fields__})
@@ -226,7 +229,7 @@ def _mounts(engine: Engine, config: body.Config, host: body.HostConfig) -> list[
 
 
 def _volumes(
-    engine: Engine, record: Record, request: body.CreateBody, undo: contextlib.ExitStack
+    engine: "Engine", record: Record, request: body.CreateBody, undo: contextlib.ExitStack
 ) -> None:
     """Make the volumes it names; what was made is undone if the creation fails."""
     wanted = {
