@@ -8,6 +8,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("run", "Create and run a new container from an image"),
     "exec": ("exec", "Execute a command in a running container"),
     "ps": ("ps", "List containers"),
+    "build": ("build", "Build an image from a Dockerfile"),
     "pull": ("transfer", "Download an image from a registry"),
     "push": ("transfer", "Upload an image to a registry"),
     "images": ("images", "List images"),
@@ -51,6 +52,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("system", "Check what this host offers, and how to mend what it lacks"),
     "serve": ("system", "Run the engine in the foreground"),
     "completion": ("completion", "Print the completion script for bash, zsh or fish"),
+    "builder df": ("builder", "Show what the build cache holds"),
+    "builder export": ("builder", "Write the files of a cache mount to a tar archive"),
+    "builder import": ("builder", "Fill a cache mount from a tar archive"),
+    "builder mounts": ("builder", "List cache mounts"),
+    "builder prune": ("builder", "Remove build cache"),
     "container prune": ("lifecycle", "Remove all stopped containers"),
     "image bootstrap": ("transfer", "Make a minimal image from a distribution's packages"),
     "image prune": ("images", "Remove unused images"),
@@ -103,7 +109,7 @@ ALIASES: dict[str, str] = {
     },
     **{
         f"image {word}": word
-        for word in ("history", "import", "load", "pull", "push", "save", "tag")
+        for word in ("build", "history", "import", "load", "pull", "push", "save", "tag")
     },
     **{
         f"vm {word}": word
@@ -112,6 +118,9 @@ ALIASES: dict[str, str] = {
     },
     "vm console": "attach",
     "vm list": "vm ls",
+    "builder build": "build",
+    "builder du": "builder df",
+    "builder ls": "builder df",
     "container ls": "ps",
     "container list": "ps",
     "container ps": "ps",
@@ -138,6 +147,7 @@ IMPLIED: dict[str, tuple[str, ...]] = {
 }
 
 GROUPS: dict[str, str] = {
+    "builder": "Manage the build cache",
     "container": "Manage containers",
     "image": "Manage images",
     "kernel": "Manage guest kernels",

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from bulkhead.boundary import registry
 from bulkhead.boundary.seam import Boundary, Rootfs
 from bulkhead.engine import body, names, recovery, users
+from bulkhead.engine.building import Building
 from bulkhead.engine.control import Control
 from bulkhead.engine.events import Events
 from bulkhead.engine.execs import Execs
@@ -85,6 +86,7 @@ class Engine:
         self.health = Health(self)
         self.leases = Leases(self)
         self.spares = Spares(self)
+        self.builds = Building(self)
         self.reservations = Reservations(self)
 
     # --- beginning and end
@@ -94,6 +96,7 @@ class Engine:
         self.workloads.load()
         await self.processes.open()
         await recovery.run(self)
+        await self.builds.open()
 
     async def close(self) -> None:
         """Stop the parts; workloads run on."""
@@ -331,7 +334,8 @@ class Engine:
     def _held_images(self) -> set[str]:
         """Configurations and layers of the workloads there are, whatever became of their names."""
         records = [workload.record for workload in self.workloads]
-        return {d for record in records for d in (record.image_id, *record.diff_ids)}
+        held = {d for record in records for d in (record.image_id, *record.diff_ids)}
+        return held | self.builds.held()
 
     def running_names(self) -> list[str]:
         """Short ids of the workloads that run."""
@@ -372,6 +376,7 @@ class Engine:
         await self.spares.close()
         await self.processes.holder.shutdown(force=True)
         self.networks.close()
+        self.builds.close()
         self.layers.close()
         with contextlib.suppress(BulkheadError, OSError):
             cgroups.detect().remove_parent(self.cgroup_parent)

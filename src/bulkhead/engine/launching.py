@@ -48,8 +48,8 @@ async def launch(engine: "Engine", workload: Workload, start: Start) -> Launched
         rootfs = _directories(engine, record, lowers)
         if guests.has_disk(record):
             rootfs = await guests.rootfs(engine, record, rootfs)
-        sources = [await _source(engine, record, point, lowers, undo) for point in record.mounts]
         undo.callback(engine.volumes.release, record.id)
+        sources = [await _source(engine, record, point, lowers) for point in record.mounts]
         attachment = engine.networks.prepare(engine.attach_request(workload))
         undo.callback(engine.networks.release, record.id)
         await engine.processes.sync_helpers()
@@ -66,6 +66,8 @@ async def launch(engine: "Engine", workload: Workload, start: Start) -> Launched
             directory=engine.home.workload_run(record.id),
             nics=_nics(engine, record, attachment, undo),
             kernel=record.kernel,
+            exclusive=guests.exclusive(engine, record, sources),
+            disks=guests.volume_disks(engine, record),
             fds=tuple(int(fd) for fd in wires),
             machine=vm_shape.describe(engine.home, record),
         )
@@ -146,11 +148,7 @@ def points(home: Home) -> str:
 
 
 async def _source(
-    engine: "Engine",
-    record: Record,
-    point: MountPoint,
-    lowers: tuple[str, ...],
-    undo: contextlib.AsyncExitStack,
+    engine: "Engine", record: Record, point: MountPoint, lowers: tuple[str, ...]
 ) -> str:
     """The host's path of one mount, made ready."""
     if point.type_ == "tmpfs":
@@ -166,11 +164,26 @@ async def _source(
         return point.source
     if point.name not in engine.volumes:
         engine.volumes.create(point.name, anonymous=point.anonymous)
-    path = engine.volumes.hold(point.name, record.id)
-    if not engine.volumes.get(point.name).filled:
+    return await _volume(engine, record, point, lowers)
+
+
+async def _volume(
+    engine: "Engine", record: Record, point: MountPoint, lowers: tuple[str, ...]
+) -> str:
+    """The directory of a volume, filled at its first use; for a guest that of its disk's files."""
+    volumes, name = engine.volumes, point.name
+    disk = guests.has_disk(record) and volumes.is_disk(name)
+    if volumes.is_disk(name):
+        await engine.blocking(functools.partial(volumes.image, name))
+    path = volumes.hold(name, record.id, guests.holder(record, point), mounted=not disk)
+    if not volumes.get(name).filled:
         if not point.no_copy:
-            await copyup.fill(engine, path, lowers, point.destination)
-        engine.volumes.mark_filled(point.name)
+            with volumes.on_host(name) as seen:
+                await copyup.fill(engine, seen, lowers, point.destination)
+        volumes.mark_filled(name)
+    if disk:
+        await engine.blocking(functools.partial(volumes.lend, name))
+        return f"{path}/{point.subpath}" if point.subpath else path
     return copyup.subdirectory(path, point.subpath) if point.subpath else path
 
 

@@ -1,6 +1,7 @@
 """Every method the engine answers, gathered from the `rpc_*` modules."""
 
 from bulkhead.engine import (
+    rpc_build,
     rpc_describe,
     rpc_exec,
     rpc_files,
@@ -17,6 +18,7 @@ from bulkhead.engine import (
 from bulkhead.engine.calls import Method
 
 _MODULES = (
+    rpc_build,
     rpc_describe,
     rpc_exec,
     rpc_files,

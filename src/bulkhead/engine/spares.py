@@ -56,7 +56,7 @@ class Spares:
         self._out.add(identity)
         return identity
 
-    def used(self, identity: str, rootfs: Rootfs) -> None:
+    def used(self, identity: str, rootfs: Rootfs | None) -> None:
         """Its workload has what was ready for it, or does without; the next one may be like it."""
         self._out.discard(identity)
         self._like = rootfs

@@ -1,0 +1,1 @@
+"""Dockerfile builds: the language, the stages, the cache, and making images of them."""

@@ -1,0 +1,50 @@
+"""What a build is asked for."""
+
+import re
+
+import msgspec
+
+from bulkhead.errors import Invalid
+
+
+class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The parameters of `build.run`; paths are relative to the context."""
+
+    tags: list[str] = []
+    dockerfile: str = ""
+    dockerfile_data: bytes | None = None
+    ignore_data: bytes | None = None
+    args: dict[str, str] = {}
+    target: str = ""
+    no_cache: bool = False
+    pull: bool = False
+    platform: str = ""
+    labels: dict[str, str] = {}
+    secrets: dict[str, bytes] = {}
+    ssh: dict[str, str] = {}
+    network: str = ""
+    squash: bool = False
+    boundary: str = ""
+    cache_from: list[str] = []
+    cache_to: list[str] = []
+    provenance: bool = False
+    sbom: bool = False
+    output: str = ""
+    limits: dict[str, object] = {}
+    auths: dict[str, dict[str, str]] = {}
+    format: str = "events"
+    context: str = "archive"
+    """What the descriptor is: "archive", "directory", or "none"."""
+    source: str = ""
+    """What the user called the context, for provenance."""
+    allow_empty: bool = False
+
+    @property
+    def epoch(self) -> int | None:
+        """SOURCE_DATE_EPOCH in seconds; Invalid if it is no number."""
+        text = self.args.get("SOURCE_DATE_EPOCH", "")
+        if not text:
+            return None
+        if not re.fullmatch(r"\d{1,12}", text):
+            raise Invalid(f"SOURCE_DATE_EPOCH must be seconds since 1970, not {text!r}")
+        return int(text)

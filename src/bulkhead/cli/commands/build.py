@@ -1,0 +1,323 @@
+"""`build`: contexts, files, secrets; the engine builds."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Generator, Iterator
+from typing import Any
+
+from bulkhead.cli.building import Plain, Quiet, Shown, Terminal
+from bulkhead.cli.command import Command, Context
+from bulkhead.cli.options import Option, Parsed, UsageError
+from bulkhead.errors import Invalid, NotFound, Unsupported
+
+_BLOCK = 512
+_MAGICS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
+_LARGEST = 4 << 20
+
+
+def _is_git(text: str) -> bool:
+    bare = text.partition("#")[0]
+    return text.startswith(("git://", "git@", "ssh://")) or (
+        text.startswith(("http://", "https://")) and bare.endswith(".git")
+    )
+
+
+def _clone(url: str, undo: contextlib.ExitStack) -> str:
+    """A checkout of URL#REF:DIRECTORY; its path."""
+    repository, _, rest = url.partition("#")
+    ref, _, folder = rest.partition(":")
+    if shutil.which("git") is None:
+        raise Unsupported("a git context needs the program git: install it, or give a directory")
+    target = tempfile.mkdtemp(prefix="bulkhead-git-")
+    undo.callback(shutil.rmtree, target, ignore_errors=True)
+    for words in (
+        ("init", "-q", target),
+        ("-C", target, "fetch", "-q", "--depth", "1", "--", repository, ref or "HEAD"),
+        ("-C", target, "checkout", "-q", "FETCH_HEAD"),
+        ("-C", target, "submodule", "-q", "update", "--init", "--depth", "1"),
+    ):
+        done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise NotFound(f"git {words[0]} of {repository} failed: {done.stderr.strip()}")
+    shutil.rmtree(f"{target}/.git", ignore_errors=True)
+    place = os.path.realpath(os.path.join(target, folder.lstrip("/")))
+    if place != target and not place.startswith(f"{os.path.realpath(target)}/"):
+        raise Invalid(f"{url}: the directory leads out of the repository")
+    return place
+
+
+def _from_stdin(options: dict[str, Any], undo: contextlib.ExitStack) -> int | None:
+    """`-`: an archive, or a Dockerfile; what is to be sent."""
+    head = b""
+    while len(head) < _BLOCK and (piece := os.read(0, _BLOCK - len(head))):
+        head += piece
+    if head.startswith(_MAGICS) or head[257:262] == b"ustar":
+        read, write = os.pipe2(os.O_CLOEXEC)
+        undo.callback(os.close, read)
+        threading.Thread(target=_forward, args=(head, write), daemon=True).start()
+        options["context"] = "archive"
+        return read
+    data = head
+    while len(data) < _LARGEST and (piece := os.read(0, 1 << 16)):
+        data += piece
+    options["dockerfile_data"] = data
+    options["context"] = "none"
+    return None
+
+
+def _forward(head: bytes, write: int) -> None:
+    try:
+        with open(write, "wb", buffering=0) as pipe:
+            pipe.write(head)
+            while piece := os.read(0, 1 << 20):
+                view = memoryview(piece)
+                while view:
+                    view = view[pipe.write(view) :]
+    except OSError:
+        return  # the engine says why it stopped reading
+
+
+def _dockerfile(options: dict[str, Any], given: str, folder: str) -> None:
+    """-f: in the context by its name there, from elsewhere by its content."""
+    if given == "-":
+        options["dockerfile_data"] = sys.stdin.buffer.read(_LARGEST)
+        return
+    if not given:
+        return
+    path = os.path.abspath(given)
+    if not os.path.exists(path) and os.path.exists(os.path.join(folder, given)):
+        path = os.path.join(os.path.abspath(folder), given)
+    inside = os.path.relpath(path, os.path.abspath(folder))
+    options["dockerfile"] = inside
+    if inside.startswith("../") or not folder:
+        options["dockerfile"] = given
+        options["dockerfile_data"] = _read(path, "Dockerfile")
+        with contextlib.suppress(FileNotFoundError), open(f"{path}.dockerignore", "rb") as file:
+            options["ignore_data"] = file.read(_LARGEST)
+
+
+def _read(path: str, what: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(_LARGEST)
+    except OSError as error:
+        raise NotFound(f"unable to read {what} {path}: {error.strerror}") from None
+
+
+def _fields(text: str) -> dict[str, str]:
+    return {k: v for k, _, v in (part.partition("=") for part in text.split(","))}
+
+
+def _secrets(given: list[str], context: Context) -> dict[str, bytes]:
+    found = {}
+    for text in given:
+        fields = _fields(text)
+        name = fields.get("id", "")
+        source = fields.get("src") or fields.get("source") or ""
+        if not name:
+            raise UsageError(f"--secret {text}: it needs an id: id=NAME,src=FILE")
+        if set(fields) - {"id", "src", "source", "env", "type"}:
+            raise UsageError(f"--secret {text}: unknown member; id, src, env, type")
+        variable = fields.get("env") or ("" if source else name)
+        if not source and variable in context.environ:
+            found[name] = context.environ[variable].encode("utf-8", "surrogateescape")
+        elif source or os.path.exists(name):
+            found[name] = _read(os.path.expanduser(source or name), f"secret {name}")
+        else:
+            raise UsageError(f"--secret {text}: neither a file nor the variable {variable} exists")
+    return found
+
+
+def _agents(given: list[str], context: Context) -> dict[str, str]:
+    found = {}
+    for text in given:
+        name, _, path = text.partition("=")
+        path = path or context.environ.get("SSH_AUTH_SOCK", "")
+        if not path:
+            raise UsageError(f"--ssh {text}: SSH_AUTH_SOCK is not set; start ssh-agent")
+        if os.path.isfile(path):
+            raise UsageError(f"--ssh {text}: a key file; add it to an agent: ssh-add {path}")
+        found[name] = os.path.abspath(path)
+    return found
+
+
+def _pairs(given: list[str], environ: Any) -> dict[str, str]:
+    """KEY=VALUE, or KEY with its value in the environment."""
+    found = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if equals:
+            found[key] = value
+        elif key in environ:
+            found[key] = environ[key]
+    return found
+
+
+def _absolute(texts: list[str], key: str) -> list[str]:
+    """Folders in cache places, as the engine sees them."""
+    found = []
+    for text in texts:
+        parts = [
+            f"{name}={os.path.abspath(value)}" if name == key else f"{name}={value}" if eq else name
+            for name, eq, value in (part.partition("=") for part in text.split(","))
+        ]
+        found.append(",".join(parts))
+    return found
+
+
+def _auths(context: Context) -> dict[str, dict[str, str]]:
+    """Credentials of every registry the configuration knows."""
+    from bulkhead.cli import credentials
+
+    found = {}
+    known = credentials.load(context)
+    for server in (*(known.get("auths") or {}), *(known.get("credHelpers") or {})):
+        host = server.removeprefix("https://").removeprefix("http://").partition("/")[0]
+        domain = "docker.io" if host in ("index.docker.io", "registry-1.docker.io") else host
+        auth = credentials.find(context, f"{domain}/x")
+        if auth:
+            found[domain] = dict(auth)
+    return found
+
+
+def _options(context: Context, parsed: Parsed) -> dict[str, Any]:
+    args = _pairs(parsed["build-arg"], context.environ)
+    if "SOURCE_DATE_EPOCH" in context.environ:
+        args.setdefault("SOURCE_DATE_EPOCH", context.environ["SOURCE_DATE_EPOCH"])
+    hosts = {"ExtraHosts": parsed["add-host"]} if parsed["add-host"] else {}
+    return {
+        "tags": parsed["tag"],
+        "args": args,
+        "target": parsed["target"],
+        "no_cache": parsed["no-cache"],
+        "pull": parsed["pull"],
+        "platform": parsed["platform"],
+        "labels": _pairs(parsed["label"], context.environ),
+        "secrets": _secrets(parsed["secret"], context),
+        "ssh": _agents(parsed["ssh"], context),
+        "network": "" if parsed["network"] == "default" else parsed["network"],
+        "squash": parsed["squash"],
+        "boundary": parsed["boundary"],
+        "cache_from": _absolute(parsed["cache-from"], "src"),
+        "cache_to": _absolute(parsed["cache-to"], "dest"),
+        "provenance": parsed["provenance"] not in ("", "false"),
+        "sbom": parsed["sbom"] not in ("", "false"),
+        "limits": hosts,
+        "auths": _auths(context),
+    }
+
+
+@contextlib.contextmanager
+def _context(options: dict[str, Any], parsed: Parsed) -> Iterator[tuple[int, ...]]:
+    """The descriptors to send."""
+    place = parsed.args[0]
+    with contextlib.ExitStack() as undo:
+        options["source"] = place
+        if place == "-":
+            if parsed["file"] == "-":
+                raise UsageError("-f - and a context from standard input exclude each other")
+            options["dockerfile"] = parsed["file"]
+            fd = _from_stdin(options, undo)
+            yield () if fd is None else (fd,)
+            return
+        if _is_git(place):
+            place = _clone(place, undo)
+        elif place.startswith(("http://", "https://")):
+            raise Unsupported(f"remote contexts are not supported: curl {place} | bulkhead build -")
+        try:
+            fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except NotADirectoryError:
+            raise Invalid(f"the context {place} must be a directory") from None
+        except OSError as error:
+            message = f"unable to prepare context: path {place!r}: {error.strerror}"
+            raise NotFound(message) from None
+        undo.callback(os.close, fd)
+        options["context"] = "directory"
+        _dockerfile(options, parsed["file"], place)
+        yield (fd,)
+
+
+def _shown(parsed: Parsed) -> Shown:
+    if parsed["quiet"] or parsed["progress"] in ("quiet", "none"):
+        return Quiet()
+    if parsed["progress"] == "tty" or (parsed["progress"] == "auto" and sys.stderr.isatty()):
+        return Terminal(sys.stderr)
+    return Plain(sys.stderr)
+
+
+def _follow(items: Generator[Any, None, Any], shown: Shown) -> dict[str, Any]:
+    """Show the events; the result."""
+    try:
+        while True:
+            try:
+                shown.event(next(items))
+            except StopIteration as end:
+                result: dict[str, Any] = end.value
+                return result
+    finally:
+        shown.close()
+
+
+def build(context: Context, parsed: Parsed) -> None:
+    """`bulkhead build PATH | URL | -`."""
+    options = _options(context, parsed)
+    shown = _shown(parsed)
+    with _context(options, parsed) as fds:
+        found = _follow(context.stream("build.run", {"options": options}, fds), shown)
+    if parsed["iidfile"]:
+        with open(parsed["iidfile"], "w", encoding="ascii") as file:
+            file.write(found["Id"])
+    if parsed["quiet"]:
+        context.out(found["Id"])
+    else:
+        named = "".join(f"\nnamed {name}" for name in found["Names"])
+        context.err(f"built {found['Id']}{named}")
+
+
+COMMANDS = {
+    "build": Command(
+        "build", "Build an image from a Dockerfile", build, arguments="PATH | URL | -",
+        options=(
+            Option("--add-host", "list", "Add a custom host-to-IP mapping (host:ip)"),
+            Option("--boundary", "string", "What isolates the steps (container, sandbox, microvm)"),
+            Option("--build-arg", "list", "Set build-time variables"),
+            Option("--cache-from", "list",
+                   "Where to take the cache from: type=registry,ref=NAME or type=local,src=FOLDER"),
+            Option("--cache-to", "list",
+                   "Where to put the cache: type=registry,ref=NAME or type=local,dest=FOLDER"),
+            Option("-f, --file", "string", "Name of the Dockerfile (default: PATH/Dockerfile)",
+                   complete="file"),
+            Option("--force-rm", "bool", "Always remove intermediate containers", default=True,
+                   hidden=True),
+            Option("--iidfile", "string", "Write the image ID to the file", complete="file"),
+            Option("--label", "list", "Set metadata for an image"),
+            Option("--network", "string", "Networking mode for the RUN instructions"),
+            Option("--no-cache", "bool", "Do not use the cache"),
+            Option("--platform", "string", "Platform to build for, as OS/ARCH[/VARIANT]"),
+            Option("--progress", "string", "Kind of progress output", default="auto",
+                   choices=("auto", "plain", "tty", "quiet", "none")),
+            Option("--provenance", "string", "Attest how the image was built (true, false)"),
+            Option("--pull", "bool", "Always attempt to pull newer images"),
+            Option("-q, --quiet", "bool", "Print the image ID only"),
+            Option("--rm", "bool", "Remove intermediate containers", default=True, hidden=True),
+            Option("--sbom", "string", "Attest the packages of the image (true, false)"),
+            Option("--secret", "list", "Secret for RUN: id=NAME[,src=FILE][,env=VARIABLE]"),
+            Option("--squash", "bool", "Squash newly built layers into one"),
+            Option("--ssh", "list", "SSH agent for RUN: default or NAME=SOCKET"),
+            Option("-t, --tag", "list", "Name and optionally a tag (name:tag)"),
+            Option("--target", "string", "Stage to build"),
+        ),
+        examples=(
+            "bulkhead build -t web .",
+            "bulkhead build --target test --build-arg VERSION=2 -f docker/Dockerfile .",
+            "bulkhead build --secret id=token,src=token.txt -t app .",
+            "SOURCE_DATE_EPOCH=0 bulkhead build -q .",
+        ),
+        least=1, most=1, completes="file",
+    ),
+}  # fmt: skip
