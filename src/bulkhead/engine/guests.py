@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from bulkhead.boundary import registry
 from bulkhead.boundary.seam import Nic, Rootfs
 from bulkhead.engine import body, options, stdio
-from bulkhead.engine.records import Record, Workload
+from bulkhead.engine.records import MountPoint, Record, Workload
 from bulkhead.errors import Invalid, Unsupported
 from bulkhead.home import Home
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.network.tap import guest_taps, guest_wires
 from bulkhead.store import merged
+from bulkhead.volumes import leases
 
 if TYPE_CHECKING:
     from bulkhead.engine.core import Engine
@@ -59,6 +60,7 @@ def check(record: Record) -> None:
         ("--device", bool(host.devices)),
         (f"--storage-opt with --kernel {record.kernel}", bool(host.storage_opt) and foreign),
         (f"--privileged with --kernel {record.kernel}", host.privileged and foreign),
+        (f"--sysctl with --kernel {record.kernel}", bool(host.sysctls) and foreign),
     ):
         if present:
             raise Unsupported(
@@ -109,6 +111,39 @@ async def rootfs(engine: "Engine", record: Record, base: Rootfs) -> Rootfs:
     )
 
 
+def holder(record: Record, point: MountPoint) -> leases.Holder:
+    """Who uses a volume: containers are one kernel together, a guest is one of its own."""
+    kernel = record.id if is_guest(record) else leases.HOST
+    return leases.Holder(record.id, record.name, kernel, record.boundary, point.rw)
+
+
+def exclusive(engine: "Engine", record: Record, sources: Sequence[str]) -> frozenset[str]:
+    """Sources of its mounts that only this guest writes: volumes that it has the lease of."""
+    if not is_guest(record):
+        return frozenset()
+    return frozenset(
+        source
+        for point, source in zip(record.mounts, sources, strict=True)
+        if point.type_ == "volume"
+        and any(one.user == record.id and one.writes for one in _holders(engine, point))
+    )
+
+
+def _holders(engine: "Engine", point: MountPoint) -> Sequence[leases.Holder]:
+    return engine.volumes.leases.holders(point.name)
+
+
+def volume_disks(engine: "Engine", record: Record) -> dict[str, str]:
+    """The image files of its volumes that are disks, by the directory that stands for them."""
+    if not has_disk(record):
+        return {}
+    return {
+        engine.volumes.data(point.name): engine.volumes.image(point.name)
+        for point in record.mounts
+        if point.type_ == "volume" and engine.volumes.is_disk(point.name)
+    }
+
+
 def nics(record: Record, netns: str | None, undo: contextlib.AsyncExitStack) -> tuple[Nic, ...]:
     """The interfaces that the network has prepared, as a guest's; closed by `undo` on failure."""
     if not has_disk(record) or netns is None:
@@ -124,7 +159,7 @@ def nics(record: Record, netns: str | None, undo: contextlib.AsyncExitStack) -> 
 def wires(
     record: Record, netns: str | None, undo: contextlib.AsyncExitStack
 ) -> tuple[OwnedFd, ...]:
-    """The namespace that gVisor takes its interfaces from; the caller's to close after the start."""
+    """The namespace that gVisor takes its interfaces from; to be closed after the start."""
     if record.kernel != registry.GVISOR or netns is None:
         return ()
     wire = guest_wires(netns)
@@ -176,6 +211,14 @@ def account_files(engine: "Engine", record: Record) -> Sequence[str]:
     if has_disk(record):
         return engine.layers.lowers(record.diff_ids)
     return (host_root(record),)
+
+
+def own_addresses(workload: Workload) -> list[str]:
+    """The addresses of a workload whose loopback nobody outside can reach; else []."""
+    if workload.record.kernel != registry.GVISOR or workload.settings is None:
+        return []
+    found = workload.settings["Networks"].values()
+    return [one["IPAddress"] for one in found if one.get("IPAddress")]
 
 
 def host_root(record: Record) -> str:

@@ -5,6 +5,7 @@ was, with the reason in its record and Docker's exit code (127 not found, 126 no
 otherwise).
 """
 
+import asyncio
 import contextlib
 import functools
 import os
@@ -29,6 +30,7 @@ from bulkhead.network.model import Attachment
 if TYPE_CHECKING:
     from bulkhead.engine.core import Engine
 
+_LET_GO_S = 30.0
 _GENERATED = {"/etc/hosts": "hosts", "/etc/hostname": "hostname", "/etc/resolv.conf": "resolv.conf"}
 
 
@@ -175,6 +177,7 @@ async def _volume(
     disk = guests.has_disk(record) and volumes.is_disk(name)
     if volumes.is_disk(name):
         await engine.blocking(functools.partial(volumes.image, name))
+    await _ended_let_go(engine, record, name)
     path = volumes.hold(name, record.id, guests.holder(record, point), mounted=not disk)
     if not volumes.get(name).filled:
         if not point.no_copy:
@@ -185,6 +188,20 @@ async def _volume(
         await engine.blocking(functools.partial(volumes.lend, name))
         return f"{path}/{point.subpath}" if point.subpath else path
     return copyup.subdirectory(path, point.subpath) if point.subpath else path
+
+
+async def _ended_let_go(engine: "Engine", record: Record, volume: str) -> None:
+    """Wait for workloads that have ended, but whose kernels may not quite have."""
+
+    def ending(identity: str) -> bool:
+        other = engine.workloads.by_id(identity)
+        return other is None or not (other.running or other.cleaned.is_set())
+
+    deadline = time.monotonic() + _LET_GO_S
+    users = {one.user for one in engine.volumes.leases.holders(volume)} - {record.id}
+    while any(map(ending, users)) and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+        users &= {one.user for one in engine.volumes.leases.holders(volume)}
 
 
 def _facts(

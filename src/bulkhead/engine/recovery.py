@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from bulkhead.boundary.seam import Bundle, Pausable, Rootfs
-from bulkhead.engine import restart, specgen, vm_shape
+from bulkhead.engine import guests, restart, specgen, vm_shape
 from bulkhead.engine.launching import Start
 from bulkhead.engine.records import UNKNOWN_EXIT, Record, Workload
 from bulkhead.engine.users import Identity
@@ -140,7 +140,9 @@ async def _load(engine: "Engine", workload: Workload) -> None:
         record.status = "running"
     for point in record.mounts:
         if point.type_ == "volume" and point.name in engine.volumes:
-            engine.volumes.hold(point.name, record.id)
+            mounted = not guests.has_disk(record)
+            who = guests.holder(record, point)
+            engine.volumes.hold(point.name, record.id, who, mounted=mounted, known=True)
     engine.workloads.save(workload, durable=False)
 
 

@@ -39,6 +39,8 @@ async def create(engine: Engine, params: Create, call: Call) -> dict[str, Any]:
     volume = engine.volumes.create(
         params.Name, driver=params.Driver, labels=params.Labels, driver_opts=params.DriverOpts
     )
+    if engine.volumes.is_disk(volume.name):
+        await engine.blocking(lambda: engine.volumes.image(volume.name))
     engine.events.emit("volume", "create", volume.name, {"driver": "local"})
     return engine.volumes.inspect(volume.name)
 

@@ -25,26 +25,35 @@ def attach_read_only(path: str) -> tuple[OwnedFd, str]:
     Keep the descriptor open until the device is mounted. OSError: ENOENT or ENXIO where the kernel
     has no loop driver, EPERM or EACCES without the right.
     """
-    backing = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    return _attach(path, os.O_RDONLY)
+
+
+def attach(path: str) -> tuple[OwnedFd, str]:
+    """Likewise, to be written as well."""
+    return _attach(path, os.O_RDWR)
+
+
+def _attach(path: str, access: int) -> tuple[OwnedFd, str]:
+    backing = os.open(path, access | os.O_CLOEXEC)
     try:
         control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
         try:
-            return _take_free(control, backing, path)
+            return _take_free(control, backing, path, access)
         finally:
             os.close(control)
     finally:
         os.close(backing)
 
 
-def _take_free(control: int, backing: int, path: str) -> tuple[OwnedFd, str]:
+def _take_free(control: int, backing: int, path: str, access: int) -> tuple[OwnedFd, str]:
     label = os.fsencode(path)[-63:]
-    flags = _FLAG_READ_ONLY | _FLAG_AUTOCLEAR
+    flags = _FLAG_AUTOCLEAR | (_FLAG_READ_ONLY if access == os.O_RDONLY else 0)
     info = _INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, label, b"", b"", 0, 0)
     config = _CONFIG.pack(backing, 0, info, *(0,) * 8)
     for _ in range(_TRIES):
         number = fcntl.ioctl(control, _CTL_GET_FREE)
         name = f"/dev/loop{number}"
-        device = OwnedFd(os.open(name, os.O_RDONLY | os.O_CLOEXEC))
+        device = OwnedFd(os.open(name, access | os.O_CLOEXEC))
         try:
             fcntl.ioctl(int(device), _CONFIGURE, config)
         except OSError as error:

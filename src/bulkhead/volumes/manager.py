@@ -1,10 +1,12 @@
 """Named and anonymous volumes of the "local" driver.
 
     ROOT/volumes/NAME/_data      what workloads see; mode 0755 root at first
+    ROOT/volumes/NAME/disk.ext4  of volumes with a size: mounted there for containers (disks.py)
     state.db documents "volume"  one per volume: labels, options, times, whether it is anonymous
 
 A volume with driver options (type, device, o: mount(8)'s words) is mounted over its `_data` when
-the first workload starts and unmounted after the last, in the engine's private mount namespace.
+the first workload starts and unmounted after the last, in the engine's private mount namespace. So
+is one with a size (option size), for workloads of the host's kernel; guests have it as a disk.
 
 Removal first renames the directory to ROOT/volumes/.gone-NAME, then deletes the record, then the
 tree: an engine killed in between finds the rest by that name (`sweep`).
@@ -16,7 +18,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -24,7 +26,8 @@ import msgspec
 from bulkhead.errors import Conflict, Invalid, NotFound
 from bulkhead.linux import syscall
 from bulkhead.state.database import Database
-from bulkhead.volumes import options
+from bulkhead.volumes import disks, options
+from bulkhead.volumes.leases import Holder, Leases
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
 _MNT_DETACH = 2
@@ -85,6 +88,7 @@ class VolumeManager:
             name: msgspec.json.decode(text, type=Volume) for name, text in self._documents.items()
         }
         self._mounted: dict[str, set[str]] = {}
+        self.leases = Leases()
 
     def data(self, name: str) -> str:
         """The directory workloads see."""
@@ -140,28 +144,86 @@ class VolumeManager:
             volume.filled = True
             self._documents.put(name, msgspec.json.encode(volume).decode())
 
-    def hold(self, name: str, user: str) -> str:
-        """Mount it if it needs that, for workload `user`; returns its directory."""
+    def is_disk(self, name: str) -> bool:
+        """Whether it is one file, with a file system of its own."""
+        return bool(self.get(name).options.get("size"))
+
+    def image(self, name: str) -> str:
+        """The file of a volume that is a disk, made if it is missing; for any thread."""
+        return disks.make(f"{self._root}/{name}", options.disk_size(self.get(name).options))
+
+    def lend(self, name: str) -> str:
+        """The file of a volume that is a disk, for a guest that may write it; for any thread."""
+        self.image(name)
+        return disks.lend(f"{self._root}/{name}")
+
+    def hold(
+        self,
+        name: str,
+        user: str,
+        holder: Holder | None = None,
+        *,
+        mounted: bool = True,
+        known: bool = False,
+    ) -> str:
+        """Its directory, mounted if it needs that, for workload `user`.
+
+        `holder` says what the workload will do with it; Conflict if another kernel's use forbids
+        that (not if it is `known` to run already). Without `mounted` the directory of a volume that
+        is a disk is left as it is. Undone by `release`.
+        """
         volume = self.get(name)
         path = self.data(name)
+        disk = self.is_disk(name)
+        if holder is not None:
+            self.leases.take(name, holder, disk=disk, known=known)
+        elif disk and any(one.kernel for one in self.leases.holders(name)):
+            raise Conflict(f"volume {name} is in use as a disk of a workload with its own kernel")
         os.makedirs(path, mode=0o755, exist_ok=True)
+        if disk and not mounted:
+            return path
         users = self._mounted.setdefault(name, set())
-        if volume.options.get("type") and not os.path.ismount(path):
-            options.mount(volume.options, path, name)
+        if not os.path.ismount(path):
+            if disk:
+                self._mount_disk(name)
+            elif volume.options.get("type"):
+                options.mount(volume.options, path, name)
         users.add(user)
         return path
 
+    def _mount_disk(self, name: str) -> None:
+        self.image(name)
+        disks.take_back(f"{self._root}/{name}")
+        disks.mount(f"{self._root}/{name}", self.data(name))
+
+    @contextlib.contextmanager
+    def on_host(self, name: str) -> Iterator[str]:
+        """Its directory, mounted for the moment; of one that no guest holds yet as a disk."""
+        path = self.data(name)
+        if not self.is_disk(name) or os.path.ismount(path):
+            yield path
+            return
+        self._mount_disk(name)
+        try:
+            yield path
+        finally:
+            self._unmount(name)
+
     def release(self, user: str) -> None:
         """Undo every `hold` of `user`."""
+        self.leases.release(user)
         for name, users in list(self._mounted.items()):
             users.discard(user)
             if users:
                 continue
             del self._mounted[name]
             volume = self._volumes.get(name)
-            if volume is not None and volume.options.get("type"):
-                with contextlib.suppress(OSError):
-                    syscall.call("umount2", os.fsencode(self.data(name)), _MNT_DETACH)
+            if volume is not None and not volume.options.keys().isdisjoint({"type", "size"}):
+                self._unmount(name)
+
+    def _unmount(self, name: str) -> None:
+        with contextlib.suppress(OSError):
+            syscall.call("umount2", os.fsencode(self.data(name)), _MNT_DETACH)
 
     def remove(self, name: str, users: Collection[str], *, force: bool = False) -> str | None:
         """Forget it; returns the tree that is left for `remove_tree`.
@@ -176,7 +238,7 @@ class VolumeManager:
             listed = ", ".join(sorted(users))
             raise Conflict(f"remove {name}: volume is in use - [{listed}]")
         if os.path.ismount(self.data(name)):
-            syscall.call("umount2", os.fsencode(self.data(name)), _MNT_DETACH)
+            self._unmount(name)
         gone = f"{self._root}/.gone-{name}-{time.time_ns()}"
         with contextlib.suppress(FileNotFoundError):
             os.rename(f"{self._root}/{name}", gone)
@@ -263,7 +325,7 @@ class VolumeManager:
 
     def usage(self, name: str) -> int:
         """Bytes on disk."""
-        return _tree_size(self.data(name))
+        return _tree_size(self.data(name) if not self.is_disk(name) else f"{self._root}/{name}")
 
 
 def labels_match(labels: Mapping[str, str], wanted: Collection[str]) -> bool:

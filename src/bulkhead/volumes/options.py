@@ -1,10 +1,15 @@
-"""Driver options of a local volume: type, device and o, as mount(8) and Docker have them."""
+"""Driver options of a local volume: type, device and o, as mount(8) has them; or a size."""
 
 import os
+import re
 import socket
+from collections.abc import Mapping
 
 from bulkhead.errors import Invalid, Unavailable
 from bulkhead.linux import syscall
+from bulkhead.volumes import disks
+
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kKmMgGtT]?)[iI]?[bB]?")
 
 _FLAGS = {
     "ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "dirsync": 128, "noatime": 1024,
@@ -18,9 +23,13 @@ _MS_BIND, _MS_REMOUNT = 4096, 32
 def check(opts: dict[str, str]) -> dict[str, str]:
     """The options; Invalid for an unknown one or a combination that cannot be mounted."""
     for key in opts:
-        if key not in {"type", "device", "o"}:
+        if key not in {"type", "device", "o", "size"}:
             raise Invalid(f'invalid option: "{key}"')
-    if opts:
+    if "size" in opts:
+        if len(opts) > 1:
+            raise Invalid("option size makes a disk of its own: it goes with no other option")
+        disk_size(opts)
+    elif opts:
         for key in ("type", "device"):
             if not opts.get(key):
                 raise Invalid(f'missing required option: "{key}"')
@@ -28,6 +37,15 @@ def check(opts: dict[str, str]) -> dict[str, str]:
         if flags & _MS_BIND and not opts["device"].startswith("/"):
             raise Invalid(f"invalid device {opts['device']}: a bind needs an absolute path")
     return opts
+
+
+def disk_size(opts: Mapping[str, str]) -> int:
+    """Bytes of a volume that is a disk; Invalid for what is no size, or not a possible one."""
+    match = _SIZE.fullmatch(opts["size"].strip())
+    if match is None:
+        raise Invalid(f"invalid size: '{opts['size']}': give bytes, or a number with k, m, g or t")
+    unit = " kmgt".index(match[2].lower() or " ")
+    return disks.check_size(int(float(match[1]) * 1024**unit))
 
 
 def split(text: str) -> tuple[int, str]:

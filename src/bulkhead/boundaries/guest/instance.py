@@ -148,6 +148,8 @@ class Guest:
         prepared = await asyncio.to_thread(
             lambda: self.boundary.prepare(bundle, terminal=stdio.terminal)
         )
+        for image in bundle.disks.values():
+            os.chown(image, uid, uid)
         machine = prepared.machine
         shares = None
         if shared:
