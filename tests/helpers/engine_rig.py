@@ -237,7 +237,8 @@ def run(
 ) -> Outcome:
     """`run --rm` attached, with a connection of its own; `host` are members of HostConfig.
 
-    A member called `config` holds members of Config, `boundary` is what isolates it.
+    A member called `config` holds members of Config, `boundary` is what isolates it, with
+    a kernel's name behind a colon if it is to have that.
     """
     config = host.pop("config", {})
     boundary = host.pop("boundary", "")
@@ -261,7 +262,7 @@ def run(
     try:
         with Rpc(rig.socket) as rpc:
             params = {"name": name, "body": body, "attach": [stdin is not None, True, True]}
-            params["boundary"] = boundary
+            params["boundary"], _, params["kernel"] = boundary.partition(":")
             items, result = rpc.stream("workload.run", params, fds)
     finally:
         for fd in (ends[0][0], ends[1][1], ends[2][1]):
@@ -275,9 +276,10 @@ def start(
     rig: Rig, name: str, script: str, config: dict[str, Any] | None = None, **host: Any
 ) -> str:
     """A detached workload that runs a shell script; its id. `boundary` is what isolates it."""
-    boundary = host.pop("boundary", "")
+    boundary, _, kernel = host.pop("boundary", "").partition(":")
     body = {"Image": IMAGE, "Cmd": ["sh", "-c", script], "HostConfig": host, **(config or {})}
-    identity: str = rig.call("workload.create", name=name, body=body, boundary=boundary)["Id"]
+    made = rig.call("workload.create", name=name, body=body, boundary=boundary, kernel=kernel)
+    identity: str = made["Id"]
     rig.call("workload.start", id=identity)
     return identity
 

@@ -12,7 +12,7 @@ import threading
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from bulkhead.engine import body
+from bulkhead.engine import body, guests
 from bulkhead.engine.records import Workload
 from bulkhead.errors import BulkheadError
 from bulkhead.linux import namespaces
@@ -96,16 +96,19 @@ def socket_inside(pid: int, family: int) -> socket.socket:
     return made
 
 
-async def _connect(pid: int, host: str, port: int) -> socket.socket:
+async def _connect(workload: Workload, host: str, port: int) -> socket.socket:
     """A connection from inside; `host` is an address, "localhost" or "" for the loopbacks."""
     if host in {"", "localhost"}:
-        addresses = ["127.0.0.1", "::1"]
+        # gVisor's loopback is its own; what listens everywhere is reached by the address.
+        addresses = guests.own_addresses(workload) or ["127.0.0.1", "::1"]
     else:
         addresses = [host]
     failure: OSError | None = None
+    if guests.has_disk(workload.record):
+        return await _connect_guest(workload, addresses, port)
     for address in addresses:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        sock = socket_inside(pid, family)
+        sock = socket_inside(workload.record.pid, family)
         try:
             await asyncio.get_running_loop().sock_connect(sock, (address, port))
         except OSError as error:
@@ -120,24 +123,38 @@ async def _connect(pid: int, host: str, port: int) -> socket.socket:
     raise failure
 
 
-async def tcp(pid: int, target: str) -> tuple[int, str]:
+async def _connect_guest(workload: Workload, addresses: list[str], port: int) -> socket.socket:
+    """Likewise through the monitor of a workload with a kernel of its own."""
+    from bulkhead.engine import guest_files
+
+    failure: OSError | None = None
+    for address in addresses:
+        try:
+            return await guest_files.connect(workload, address, port)
+        except OSError as error:
+            failure = failure or error
+    assert failure is not None
+    raise failure
+
+
+async def tcp(workload: Workload, target: str) -> tuple[int, str]:
     """Whether something listens at "PORT" or "HOST:PORT"."""
     host, _, port = target.rpartition(":")
     try:
-        sock = await _connect(pid, host.strip("[]"), int(port))
+        sock = await _connect(workload, host.strip("[]"), int(port))
     except (OSError, ValueError) as error:
         return 1, f"{target}: {error}"
     sock.close()
     return 0, f"{target}: connected"
 
 
-async def http(pid: int, url: str, statuses: list[str]) -> tuple[int, str]:
+async def http(workload: Workload, url: str, statuses: list[str]) -> tuple[int, str]:
     """Whether GET `url` answers with one of `statuses` (any from 200 to 399 if none are given)."""
     parts = urlsplit(url)
     secure = parts.scheme == "https"
     port = parts.port or (443 if secure else 80)
     try:
-        sock = await _connect(pid, parts.hostname or "", port)
+        sock = await _connect(workload, parts.hostname or "", port)
     except (OSError, ValueError) as error:
         return 1, f"{url}: {error}"
     context = None
@@ -188,7 +205,7 @@ async def probe(engine: "Engine", workload: Workload, test: list[str]) -> tuple[
             shell = workload.record.config.shell or ["/bin/sh", "-c"]
             return await command(engine, workload, [*shell, " ".join(words)])
         if kind == "TCP":
-            return await tcp(workload.record.pid, words[0])
-        return await http(workload.record.pid, words[0], words[1:])
+            return await tcp(workload, words[0])
+        return await http(workload, words[0], words[1:])
     except (BulkheadError, OSError) as error:
         return -1, str(error)

@@ -86,10 +86,9 @@ async def with_root(engine: "Engine", workload: Workload, action: Callable[[int]
     A running one's is reached through /proc/PID/root. One that does not run gets its layers and
     volumes mounted in a thread's own mount namespace; it cannot be started meanwhile.
     """
-    guests.refuse(workload, "copying files")
     if workload.running:
         root = OwnedFd(
-            os.open(f"/proc/{workload.record.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            os.open(guests.host_root(workload.record), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         )
         try:
             return await in_thread(lambda: action(int(root)), private=False)

@@ -18,7 +18,7 @@ address beside it, and a neighbour on the host's bridge must not answer for it.
 import contextlib
 import os
 from dataclasses import dataclass
-from ipaddress import IPv4Interface, IPv4Network, IPv6Interface
+from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, ip_interface, ip_network
 
 from bulkhead.errors import Unsupported
 from bulkhead.linux import netns
@@ -74,21 +74,59 @@ def guest_taps(netns_path: str, *, vnet_hdr: bool = False) -> list[GuestNic]:
         os.close(fd)
 
 
-def _convert(vnet_hdr: bool) -> list[GuestNic]:
+def guest_wires(netns_path: str) -> OwnedFd:
+    """The same for a monitor that takes over interfaces as they are: a namespace with them.
+
+    There they have the addresses and routes of the workload; the other ends of these pairs are the
+    ports that the taps would be. To be called like `guest_taps`; the namespace is the caller's.
+    """
+    far = netns.create()
+    try:
+        fd = os.open(netns_path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            nics = netns.inside(fd, lambda: _convert(False, far))
+        finally:
+            os.close(fd)
+        for nic in nics:
+            nic.tap_fd.close()
+        netns.inside(int(far), lambda: _settle(nics))
+    except BaseException:
+        far.close()
+        raise
+    return far
+
+
+def _settle(nics: list[GuestNic]) -> None:
+    """Give the interfaces of this namespace what a guest would give its own."""
+    with rt.connect() as route:
+        route.transact([rt.set_link(name="lo", up=True)])
+        for nic in nics:
+            index = rt.link(route, nic.name).index
+            batch = [rt.no_link_local(name=nic.name), rt.set_link(index, up=True)]
+            batch += [rt.add_address(index, ip_interface(one)) for one in nic.addresses]
+            for one in nic.routes:
+                prefix = ip_network(one.destination)
+                batch.append(rt.add_route(index=index, prefix=prefix, gateway=one.gateway))
+            route.transact(batch)
+
+
+def _convert(vnet_hdr: bool, far: OwnedFd | None = None) -> list[GuestNic]:
     with rt.connect() as route, contextlib.ExitStack() as undo:
         links = [one for one in rt.links(route) if one.kind == "veth"]
         links.sort(key=lambda one: one.index)
         _filter(links)
         made = []
         for number, link in enumerate(links):
-            nic = _one(route, link, number, vnet_hdr)
+            nic = _one(route, link, number, vnet_hdr, far)
             undo.callback(nic.tap_fd.close)
             made.append(nic)
         undo.pop_all()
     return made
 
 
-def _one(route: Netlink, link: rt.Link, number: int, vnet_hdr: bool) -> GuestNic:
+def _one(
+    route: Netlink, link: rt.Link, number: int, vnet_hdr: bool, far: OwnedFd | None
+) -> GuestNic:
     bridge, tap = f"gb{number}", f"tap{number}"
     addresses = [one.address for one in rt.addresses(route) if one.index == link.index]
     addresses = [one for one in addresses if not one.ip.is_link_local]
@@ -96,7 +134,7 @@ def _one(route: Netlink, link: rt.Link, number: int, vnet_hdr: bool) -> GuestNic
     if number == 0 and not any(one.version == 4 for one in addresses):
         addresses.append(IPv4Interface(ALONE))
     with contextlib.ExitStack() as undo:
-        fd = open_tap(tap, vnet_hdr=vnet_hdr)
+        fd = _wire(route, link, tap, far) if far else open_tap(tap, vnet_hdr=vnet_hdr)
         undo.callback(fd.close)
         mac, port = _local_mac(), _local_mac()
         route.transact([rt.add_bridge(bridge, mac=mac, mtu=link.mtu, up=False)])
@@ -130,6 +168,18 @@ def _one(route: Netlink, link: rt.Link, number: int, vnet_hdr: bool) -> GuestNic
         routes=tuple(routes),
         mtu=link.mtu,
     )
+
+
+def _wire(route: Netlink, link: rt.Link, name: str, far: OwnedFd) -> OwnedFd:
+    """A pair: `name` here, the like of `link` in the namespace `far`; a descriptor of that."""
+    mac = rt.mac_bytes(link.mac)
+    # While two have one address they are in different namespaces.
+    made = rt.add_veth(
+        name, master=0, mtu=link.mtu, peer_name=link.name, peer_netns_fd=int(far), peer_mac=mac,
+        up=False,
+    )  # fmt: skip
+    route.transact(made)
+    return far.duplicate()
 
 
 def _present(route: Netlink, index: int) -> list[IPv4Interface | IPv6Interface]:

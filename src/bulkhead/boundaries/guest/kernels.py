@@ -9,6 +9,7 @@
 """
 
 import contextlib
+import functools
 import glob
 import json
 import os
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 
 from bulkhead.boundaries.guest import depmod
 from bulkhead.boundaries.vmm import bzimage
+from bulkhead.boundary.registry import GVISOR
 from bulkhead.errors import Conflict, Invalid, NotFound, Unavailable, Unsupported
 from bulkhead.home import Home
 
@@ -28,7 +30,7 @@ UML = "uml"
 CLOUD = "cloud"
 _CLOUD_PACKAGE = "linux-image-cloud-amd64"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
-_RESERVED = frozenset({UML, "initramfs"})
+_RESERVED = frozenset({UML, GVISOR, "initramfs"})
 _UML_MODULES = "/usr/lib/uml/modules"
 _DOWNLOAD_S = 600
 
@@ -39,7 +41,7 @@ class Kernel:
 
     name: str
     kind: str
-    """"uml" (a program of the host) or "linux" (to be booted by a machine monitor)."""
+    """"uml" or "gvisor" (programs of the host) or "linux" (to be booted by a machine monitor)."""
     release: str
     path: str
     modules: str
@@ -113,9 +115,26 @@ def uml() -> Kernel | None:
     return Kernel(UML, "uml", release, os.path.realpath(program), modules, "user-mode-linux")
 
 
+@functools.cache
+def _version(program: str, stamp: int) -> str:
+    """What `runsc --version` says of the file that was written at `stamp`."""
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout.partition("\n")[0].removeprefix("runsc version ").strip()
+
+
+def gvisor() -> Kernel | None:
+    """The installed gVisor, if there is one."""
+    program = shutil.which("runsc")
+    if program is None:
+        return None
+    path = os.path.realpath(program)
+    release = _version(path, os.stat(path).st_mtime_ns)
+    return Kernel(GVISOR, "gvisor", release, path, "", "runsc")
+
+
 def kernels(home: Home) -> list[Kernel]:
     """All kernels of this installation, by name."""
-    found = [one for one in (uml(),) if one is not None]
+    found = [one for one in (uml(), gvisor()) if one is not None]
     for path in glob.glob(home.in_root("kernels", "*", "kernel.json")):
         found.append(_load(os.path.dirname(path)))
     return sorted(found, key=lambda one: one.name)
@@ -143,6 +162,8 @@ def find(home: Home, name: str) -> Kernel:
             return one
     if name == UML:
         raise Unsupported("user-mode-linux is not installed: apt-get install user-mode-linux")
+    if name == GVISOR:
+        raise Unsupported("gVisor's runsc is not installed: apt-get install runsc")
     hint = "bulkhead kernel pull cloud" if name == CLOUD else "bulkhead kernel add NAME FILE"
     names = ", ".join(one.name for one in known) or "none"
     raise NotFound(f"No such kernel: {name} (there are: {names}); {hint}")
