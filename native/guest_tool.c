@@ -5,7 +5,8 @@
  *   bulkhead-guest put ROOT DIRECTORY KEEP_KINDS  the entries of standard input, below DIRECTORY
  *   bulkhead-guest upper CONTENTS FREEZE          the writable layer as overlayfs keeps it
  *   bulkhead-guest export OPTIONS                 the union that these overlay options make
- *   bulkhead-guest hold OPTIONS                   mount that union at /view until standard input ends
+ *   bulkhead-guest hold                           nothing, until standard input ends
+ *   bulkhead-guest connect ADDRESS PORT           a TCP connection from inside, at the standard streams
  *   bulkhead-guest ps                             processes of the workload
  *
  * The monitor's clients run it (RUN) in init's namespaces. ROOT is a path, or "main": the root of the
@@ -18,9 +19,11 @@
 #define _GNU_SOURCE
 #include "guest.h"
 
+#include <arpa/inet.h>
 #include <dirent.h>
 #include <errno.h>
 #include <linux/openat2.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
@@ -28,6 +31,7 @@
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
@@ -456,17 +460,12 @@ static void freeze(void)
     }
 }
 
-static void union_at(const char *path, const char *options, unsigned long flags)
-{
-    if ((mkdir(path, 0755) && errno != EEXIST) || mount("overlay", path, "overlay", flags, options))
-        end(END_ERRNO, errno, options);
-}
-
 static void export_union(const char *options)
 {
     if (unshare(CLONE_NEWNS) || mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL))
         end(END_ERRNO, errno, "a mount namespace");
-    union_at("/view", options, MS_RDONLY);
+    if ((mkdir("/view", 0755) && errno != EEXIST) || mount("overlay", "/view", "overlay", MS_RDONLY, options))
+        end(END_ERRNO, errno, options);
     int fd = open("/view", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0)
         end(END_ERRNO, errno, "/view");
@@ -474,13 +473,48 @@ static void export_union(const char *options)
     put_directory(fd);
 }
 
-static int hold(const char *options)
+static int hold(void)
 {
     char byte;
-    union_at("/view", options, 0);
     while (read(0, &byte, 1) > 0 || errno == EINTR)
         ;
-    return umount2("/view", 0) && umount2("/view", MNT_DETACH);
+    return 0;
+}
+
+/* --- connections ------------------------------------------------------------------------------- */
+
+static int pass(int from, int to)
+{
+    char bytes[16384];
+    ssize_t n = read(from, bytes, sizeof bytes);
+    for (ssize_t at = 0, done; at < n; at += done)
+        if ((done = write(to, bytes + at, (size_t)(n - at))) < 0)
+            return 0;
+    return n > 0;
+}
+
+/* An i32 says how it went: 0, or an errno; then bytes both ways. */
+static int connect_to(const char *address, const char *port)
+{
+    struct sockaddr_in6 six = {.sin6_family = AF_INET6, .sin6_port = htons((uint16_t)atoi(port))};
+    struct sockaddr_in four = {.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(port))};
+    int is_six = inet_pton(AF_INET6, address, &six.sin6_addr) == 1;
+    int32_t error = is_six || inet_pton(AF_INET, address, &four.sin_addr) == 1 ? 0 : EINVAL;
+    int fd = error ? -1 : socket(is_six ? AF_INET6 : AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (!error && (fd < 0 || connect(fd, is_six ? (struct sockaddr *)&six : (struct sockaddr *)&four, is_six ? sizeof six : sizeof four)))
+        error = errno;
+    if (write(1, &error, sizeof error) != sizeof error || error)
+        return 1;
+    struct pollfd set[] = {{fd, POLLIN, 0}, {0, POLLIN, 0}};
+    while (set[0].fd >= 0 && poll(set, 2, -1) > 0) {
+        if (set[0].revents && !pass(fd, 1))
+            set[0].fd = -1;
+        if (set[1].revents && !pass(0, fd)) {
+            shutdown(fd, SHUT_WR);
+            set[1].fd = -1;
+        }
+    }
+    return 0;
 }
 
 /* --- processes --------------------------------------------------------------------------------- */
@@ -561,8 +595,10 @@ int tool_main(int argc, char **argv)
     signal(SIGPIPE, SIG_IGN);
     setvbuf(stdout, NULL, _IOFBF, 1 << 16);
     umask(0);
-    if (!strcmp(verb, "hold") && argc == 3)
-        return hold(argv[2]);
+    if (!strcmp(verb, "hold") && argc == 2)
+        return hold();
+    if (!strcmp(verb, "connect") && argc == 4)
+        return connect_to(argv[2], argv[3]);
     if (!strcmp(verb, "upper") && argc == 4) {
         with_contents = atoi(argv[2]);
         if (atoi(argv[3]))

@@ -49,6 +49,7 @@ def exec_template(
     for position in range(joins):
         fd = fds.fd(f"join{position}")
         program.call("join the control group", "write", fd, b"0", 1)
+    common.plan_group(program, group)
     if affinity is not None:
         credentials.plan_affinity(program, affinity.final)
     wanted = process.oom_score_adj

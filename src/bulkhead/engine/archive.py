@@ -44,7 +44,7 @@ def go_mode(mode: int) -> int:
     return found
 
 
-def _split(path: str) -> tuple[str, str]:
+def split(path: str) -> tuple[str, str]:
     """(directory, last name); the name is "" when the path itself is to be followed."""
     if "\0" in path:
         raise Invalid("a path contains a NUL byte")
@@ -56,7 +56,8 @@ def _split(path: str) -> tuple[str, str]:
     return posixpath.dirname(clean), posixpath.basename(clean)
 
 
-def _missing(name: str, path: str) -> NotFound:
+def missing(name: str, path: str) -> NotFound:
+    """What a path that is not there is answered with."""
     return NotFound(f"Could not find the file {path} in container {name}")
 
 
@@ -66,7 +67,7 @@ def _open_directory(root: int, path: str) -> OwnedFd:
 
 def describe(root: int, path: str, workload: str) -> dict[str, Any]:
     """Docker's ContainerPathStat of `path`; a link at its end is not followed."""
-    directory, name = _split(path)
+    directory, name = split(path)
     try:
         with openat2.openat2(root, directory, os.O_PATH, openat2.IN_ROOT) as parent:
             if name == "":
@@ -79,7 +80,7 @@ def describe(root: int, path: str, workload: str) -> dict[str, Any]:
                 link = posixpath.normpath(posixpath.join(directory, link))
             return _described(name, status, link)
     except (FileNotFoundError, NotADirectoryError):
-        raise _missing(workload, path) from None
+        raise missing(workload, path) from None
     except OSError as error:
         raise Invalid(f"cannot look at {path} in container {workload}: {error.strerror}") from error
 
@@ -99,7 +100,7 @@ def _described(name: str, status: os.stat_result, link: str) -> dict[str, Any]:
 
 def write(root: int, path: str, out: BinaryIO, workload: str) -> None:
     """The tar of `path`, its members below its own last name, to `out`."""
-    directory, name = _split(path)
+    directory, name = split(path)
     try:
         with (
             openat2.openat2(
@@ -115,7 +116,7 @@ def write(root: int, path: str, out: BinaryIO, workload: str) -> None:
             else:
                 _add(tar, int(parent), name, name, links)
     except (FileNotFoundError, NotADirectoryError):
-        raise _missing(workload, path) from None
+        raise missing(workload, path) from None
     except BrokenPipeError:
         return  # the client has seen enough
     except OSError as error:
@@ -245,14 +246,14 @@ def extract(root: int, path: str, stream: BinaryIO, options: Options, workload: 
     try:
         top = _open_directory(root, directory)
     except FileNotFoundError:
-        raise _missing(workload, path) from None
+        raise missing(workload, path) from None
     except NotADirectoryError:
         raise Invalid("extraction point is not a directory") from None
     except OSError as error:
         raise Invalid(f"cannot open {path} in container {workload}: {error.strerror}") from error
     with top:
         try:
-            for member, tar in _members(stream):
+            for member, tar in members(stream):
                 _place(root, directory, tar, member, options)
         except tarfile.TarError as error:
             raise Invalid(f"the archive cannot be read: {error}") from error
@@ -262,7 +263,8 @@ def extract(root: int, path: str, stream: BinaryIO, options: Options, workload: 
             ) from error
 
 
-def _members(stream: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
+def members(stream: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
+    """The members of an archive, compressed or not, with it; tarfile.TarError."""
     with tarfile.open(fileobj=stream, mode="r|*", errorlevel=2) as tar:
         for member in tar:
             yield member, tar
@@ -371,14 +373,22 @@ def _times(member: tarfile.TarInfo) -> tuple[int, int]:
     return moment_ns, moment_ns
 
 
+def attributes(member: tarfile.TarInfo) -> dict[bytes, bytes]:
+    """The extended attributes of a member that may be set from outside."""
+    return {
+        os.fsencode(key.removeprefix(_XATTR)): value.encode("utf-8", "surrogateescape")
+        for key, value in member.pax_headers.items()
+        if key.startswith(_XATTR)
+        and not key.removeprefix(_XATTR).startswith(("trusted.", "user.overlay."))
+    }
+
+
 def _finish(fd: int, member: tarfile.TarInfo, options: Options) -> None:
     os.fchown(fd, *_owner(member, options))
     os.fchmod(fd, member.mode & 0o7777)  # after chown, which clears set-id bits
-    for key, value in member.pax_headers.items():
-        attribute = key.removeprefix(_XATTR)
-        if attribute != key and not attribute.startswith(("trusted.", "user.overlay.")):
-            with contextlib.suppress(OSError):
-                os.setxattr(fd, attribute, value.encode("utf-8", "surrogateescape"))
+    for attribute, value in attributes(member).items():
+        with contextlib.suppress(OSError):
+            os.setxattr(fd, attribute, value)
     os.utime(fd, ns=_times(member))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from bulkhead.engine import body, filters, stdio
+from bulkhead.engine import body, filters, guests, stdio
 from bulkhead.engine.health import Health, moment
 from bulkhead.engine.records import MountPoint, Record, Workload
 from bulkhead.errors import BulkheadError, Invalid, NotFound
@@ -168,7 +168,7 @@ def inspect(engine: "Engine", workload: Workload, *, size: bool = False) -> dict
     if record.kernel:
         described["Kernel"] = record.kernel
     if size:
-        described["SizeRw"] = stdio.writable_bytes(f"{home}/upper")
+        described["SizeRw"] = guests.writable_bytes(engine.home, record)
         described["SizeRootFs"] = described["SizeRw"] + _image_size(engine, record)
     return described
 
@@ -264,8 +264,7 @@ def summary(engine: "Engine", workload: Workload, *, size: bool) -> dict[str, An
     if health is not None:
         described["Health"] = {k: health[k] for k in ("Status", "FailingStreak")}
     if size:
-        home = engine.home.workload(record.id)
-        described["SizeRw"] = stdio.writable_bytes(f"{home}/upper")
+        described["SizeRw"] = guests.writable_bytes(engine.home, record)
         described["SizeRootFs"] = described["SizeRw"] + _image_size(engine, record)
     return described
 

@@ -1,9 +1,10 @@
 """RPC: describing workloads (list, inspect, explain, plan) and pruning them."""
 
+import functools
 from typing import Any
 
 from bulkhead.boundary.seam import Bundle, Rootfs
-from bulkhead.engine import body, creation, describe, explain, filters, specgen, stdio
+from bulkhead.engine import body, creation, describe, explain, filters, guests, specgen
 from bulkhead.engine.calls import Call, Params, Table
 from bulkhead.engine.core import Engine
 from bulkhead.engine.users import Identity
@@ -111,8 +112,8 @@ async def prune(engine: Engine, params: Filters, call: Call) -> dict[str, Any]:
             continue
         if wanted.get("label!") and filters.labels_match(labels, wanted["label!"]):
             continue
-        upper = f"{engine.home.workload(record.id)}/upper"
-        size = await engine.blocking(lambda upper=upper: stdio.writable_bytes(upper))  # type: ignore[misc]
+        measure = functools.partial(guests.writable_bytes, engine.home, record)
+        size = await engine.blocking(measure)
         await engine.removal.remove(workload, force=False, volumes=False)
         deleted.append(record.id)
         freed += size

@@ -1,8 +1,9 @@
 """`system.df`: bytes on disk, counted once each."""
 
+import functools
 from typing import TYPE_CHECKING, Any
 
-from bulkhead.engine import describe, stdio
+from bulkhead.engine import describe, guests
 
 if TYPE_CHECKING:
     from bulkhead.engine.core import Engine
@@ -15,8 +16,8 @@ async def usage(engine: "Engine") -> dict[str, Any]:
     containers = []
     for workload in sorted(engine.workloads, key=lambda one: -one.record.created_ns):
         summary = describe.summary(engine, workload, size=False)
-        upper = f"{engine.home.workload(workload.id)}/upper"
-        summary["SizeRw"] = await engine.blocking(lambda path=upper: stdio.writable_bytes(path))  # type: ignore[misc]
+        measure = functools.partial(guests.writable_bytes, engine.home, workload.record)
+        summary["SizeRw"] = await engine.blocking(measure)
         containers.append(summary)
     volumes = []
     for shown in engine.volumes.summaries({}, lambda name: 0):

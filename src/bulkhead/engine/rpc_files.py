@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import functools
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -15,6 +17,7 @@ from bulkhead.engine.core import Engine
 from bulkhead.engine.lifecycle import attributes
 from bulkhead.engine.records import Workload
 from bulkhead.errors import Conflict, Invalid
+from bulkhead.images.catalog import Image
 from bulkhead.oci import reference
 from bulkhead.store import diff
 
@@ -52,10 +55,20 @@ class Commit(One, frozen=True):
     pause: bool = True
 
 
+def _inside() -> ModuleType:
+    """What looks into guests, imported when it is first wanted."""
+    from bulkhead.engine import guest_files
+
+    return guest_files
+
+
 @METHODS.method("workload.archive_stat", Path)
 async def archive_stat(engine: Engine, params: Path, call: Call) -> dict[str, Any]:
     """Docker's ContainerPathStat."""
     workload = engine.workloads.find(params.id)
+    if guests.has_disk(workload.record):
+        shown: dict[str, Any] = await _inside().describe(engine, workload, params.path)
+        return shown
     return await views.with_root(
         engine, workload, lambda root: archive.describe(root, params.path, workload.record.name)
     )
@@ -73,7 +86,11 @@ async def archive_get(engine: Engine, params: Path, call: Call) -> dict[str, Any
             archive.write(root, params.path, out, name)
         return described
 
-    described = await views.with_root(engine, workload, work)
+    if guests.has_disk(workload.record):
+        take = functools.partial(call.take_fd, "the archive")
+        described = await _inside().get(engine, workload, params.path, take)
+    else:
+        described = await views.with_root(engine, workload, work)
     engine.events.emit("container", "archive-path", workload.id, attributes(workload))
     return {"stat": described}
 
@@ -84,22 +101,30 @@ async def archive_put(engine: Engine, params: Put, call: Call) -> dict[str, Any]
     workload = engine.workloads.find(params.id)
     record = workload.record
 
-    def work(root: int) -> None:
+    def options(places: Sequence[str]) -> archive.Options:
         owner = None
         if params.copy_uid_gid is False:
             owner = (0, 0)
         elif record.config.user:
-            found = users.resolve(record.config.user, users.read((f"/proc/self/fd/{root}",)))
+            found = users.resolve(record.config.user, users.read(places))
             owner = (found.uid, found.gid)
-        options = archive.Options(
+        return archive.Options(
             keep_kinds=params.no_overwrite_dir_non_dir,
             owner=owner,
             readonly=record.host.readonly_rootfs and not _in_volume(workload, params.path),
         )
-        with os.fdopen(call.take_fd("the archive").take(), "rb") as stream:
-            archive.extract(root, params.path, stream, options, record.name)
 
-    await views.with_root(engine, workload, work)
+    def work(root: int) -> None:
+        chosen = options((f"/proc/self/fd/{root}",))
+        with os.fdopen(call.take_fd("the archive").take(), "rb") as stream:
+            archive.extract(root, params.path, stream, chosen, record.name)
+
+    if guests.has_disk(record):
+        take = functools.partial(call.take_fd, "the archive")
+        chosen = options(guests.account_files(engine, record))
+        await _inside().put(engine, workload, params.path, take, chosen)
+    else:
+        await views.with_root(engine, workload, work)
     engine.events.emit("container", "extract-to-dir", workload.id, attributes(workload))
     return {}
 
@@ -116,8 +141,11 @@ def _in_volume(workload: Workload, path: str) -> bool:
 async def export(engine: Engine, params: One, call: Call) -> dict[str, Any]:
     """Write the tar of the whole root, without volumes, to the descriptor."""
     workload = engine.workloads.find(params.id)
-    guests.refuse(workload, "export")
     record = workload.record
+    if guests.has_disk(record):
+        await _inside().export(engine, workload, call.take_fd("the archive"))
+        engine.events.emit("container", "export", workload.id, attributes(workload))
+        return {}
     lowers = await engine.lowers(record.diff_ids)
     upper = f"{engine.home.workload(record.id)}/upper"
     out = call.take_fd("the archive")
@@ -160,7 +188,9 @@ def _made_by_us(upper: str, workload: Workload, path: str) -> bool:
 async def changes(engine: Engine, params: One, call: Call) -> list[dict[str, Any]]:
     """Docker's `diff`: what the writable layer changes."""
     workload = engine.workloads.find(params.id)
-    guests.refuse(workload, "diff")
+    if guests.has_disk(workload.record):
+        inside: list[dict[str, Any]] = await _inside().changes(engine, workload)
+        return inside
     lowers = await engine.lowers(workload.record.diff_ids)
     upper = f"{engine.home.workload(workload.id)}/upper"
     if not os.path.isdir(upper):
@@ -196,42 +226,49 @@ def _only_around(
     return False
 
 
+async def _standing(
+    engine: Engine, workload: Workload, action: Callable[[], Image], *, pause: bool
+) -> Image:
+    """`action` in a thread; `pause`: a workload that runs stands still meanwhile."""
+    frozen = pause and workload.record.status == "running"
+    try:
+        if frozen:
+            # Whole, even if the client leaves meanwhile: `unpause` waits for it.
+            await asyncio.shield(engine.control.pause(workload, passing=True))
+        return await engine.blocking(action)
+    finally:
+        if frozen:
+            with contextlib.suppress(Conflict):
+                await engine.control.unpause(workload)
+
+
 @METHODS.method("workload.commit", Commit)
 async def commit(engine: Engine, params: Commit, call: Call) -> dict[str, Any]:
     """Make an image of its writable layer."""
     workload = engine.workloads.find(params.id)
-    guests.refuse(workload, "commit")
     record = workload.record
     name = None
     if params.repo:
         name = str(reference.parse(f"{params.repo}:{params.tag}" if params.tag else params.repo))
     parent = engine.images.resolve(record.image_id)
     upper = f"{engine.home.workload(record.id)}/upper"
-    frozen = params.pause and record.status == "running"
 
-    def layer() -> Iterator[bytes]:
-        if os.path.isdir(upper):
-            yield from diff.tar_upper(upper)
-
-    try:
-        if frozen:
-            # Whole, even if the client leaves meanwhile: `unpause` waits for it.
-            await asyncio.shield(engine.control.pause(workload, passing=True))
-        image = await engine.blocking(
-            lambda: engine.images.commit(
-                parent,
-                layer(),
-                config=msgspec.to_builtins(record.config),
-                changes=params.changes,
-                ref=name,
-                author=params.author,
-                comment=params.comment,
-            )
+    def make(layer: Iterator[bytes]) -> Image:
+        return engine.images.commit(
+            parent,
+            layer,
+            config=msgspec.to_builtins(record.config),
+            changes=params.changes,
+            ref=name,
+            author=params.author,
+            comment=params.comment,
         )
-    finally:
-        if frozen:
-            with contextlib.suppress(Conflict):
-                await engine.control.unpause(workload)
+
+    if guests.has_disk(record):
+        image = await _inside().commit(engine, workload, make, pause=params.pause)
+    else:
+        layer = diff.tar_upper(upper) if os.path.isdir(upper) else iter(())
+        image = await _standing(engine, workload, lambda: make(layer), pause=params.pause)
     engine.events.emit(
         "container", "commit", record.id, attributes(workload, comment=params.comment)
     )

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from bulkhead.boundary import registry
 from bulkhead.boundary.seam import Measured
 from bulkhead.engine import filters, guests, stdio, table
 from bulkhead.engine.calls import Call, Params, Table
@@ -133,11 +134,23 @@ def _sample(engine: Engine, workload: Workload, before: dict[str, Any] | None) -
     return sample
 
 
+async def _inside(engine: Engine, workload: Workload) -> dict[str, Any]:
+    """What a workload with a kernel of its own uses as that kernel counts: member "guest"."""
+    if not guests.has_disk(workload.record) or workload.record.status != "running":
+        return {}
+    from bulkhead.engine import guest_files
+
+    try:
+        return {"guest": await guest_files.usage(engine, workload)}
+    except BulkheadError:
+        return {}  # it is just ending, or does not answer: what is known outside is said
+
+
 async def _samples(engine: Engine, workload: Workload) -> AsyncIterator[dict[str, Any]]:
     before = None
     while engine.workloads.by_id(workload.id) is not None:
         before = _sample(engine, workload, before)
-        yield before
+        yield before | await _inside(engine, workload)
         await asyncio.sleep(1.0)
 
 
@@ -153,7 +166,7 @@ async def stats(engine: Engine, params: Stats, call: Call) -> dict[str, Any]:
     if not params.one_shot and workload.running:
         before = _sample(engine, workload, None)
         await asyncio.sleep(1.0)
-    sample = _sample(engine, workload, before)
+    sample = _sample(engine, workload, before) | await _inside(engine, workload)
     call.send(sample)
     return sample
 
@@ -164,7 +177,13 @@ async def top(engine: Engine, params: Top, call: Call) -> dict[str, Any]:
     workload = engine.workloads.find(params.id)
     if not workload.running:
         raise Conflict(f"container {workload.id} is not running")
-    guests.refuse(workload, "top")
+    if workload.record.kernel == registry.GVISOR:
+        name = workload.record.name
+        raise Unsupported(f"gVisor's processes are its own: bulkhead exec {name} ps shows them")
+    if guests.is_guest(workload.record):
+        from bulkhead.engine import guest_files
+
+        return await guest_files.top(engine, workload, params.ps_args)
     instance: object = workload.instance
     if not isinstance(instance, Measured):
         raise Unsupported(f"the boundary {workload.record.boundary} does not list processes")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from bulkhead.boundary import registry
 from bulkhead.engine import body, specgen_limits, specgen_mounts
 from bulkhead.engine.records import Record
 from bulkhead.engine.security import Security, parse
@@ -128,7 +129,7 @@ def _namespaces(record: Record, facts: Facts) -> list[oci.Namespace]:
 
 def _linux(record: Record, facts: Facts, security: Security, granted: list[str]) -> oci.Linux:
     host = record.host
-    nodes, rules = specgen_limits.devices(host)
+    nodes, rules = specgen_limits.devices(host, guest=record.boundary in registry.GUESTS)
     unmask = set(security.unmask)
     filter_ = None
     if not host.privileged or security.seccomp:

@@ -58,8 +58,12 @@ def _device_at(path: str, target: str) -> oci.Device:
     )
 
 
-def devices(host: body.HostConfig) -> tuple[list[oci.Device], list[oci.DeviceCgroup]]:
-    """Nodes to make beside the default ones, and every rule."""
+def devices(
+    host: body.HostConfig, *, guest: bool = False
+) -> tuple[list[oci.Device], list[oci.DeviceCgroup]]:
+    """Nodes to make beside the default ones, and every rule; `guest`: of a kernel of its own."""
+    if host.privileged and guest:
+        return list(_GUEST_DEVICES), [_rule(True, "a", None, None)]
     if host.privileged:
         return _host_devices(), [_rule(True, "a", None, None)]
     nodes: list[oci.Device] = []
@@ -86,6 +90,14 @@ def devices(host: body.HostConfig) -> tuple[list[oci.Device], list[oci.DeviceCgr
         major, minor = (None if n == "*" else int(n) for n in numbers.split(":"))
         rules.append(_rule(True, kind, major, minor, access))
     return nodes, rules
+
+
+_GUEST_DEVICES = (
+    oci.Device("/dev/fuse", "c", 10, 229, file_mode=0o666),
+    oci.Device("/dev/net/tun", "c", 10, 200, file_mode=0o666),
+    oci.Device("/dev/kmsg", "c", 1, 11, file_mode=0o644),
+)
+"""What a privileged workload has of a guest's devices; it may make nodes of the others."""
 
 
 def _host_devices() -> list[oci.Device]:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pwd
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ _TITLES = {
     "tid": "TID", "vsize": "VSZ", "rssize": "RSS", "euser": "EUSER", "euid": "EUID",
 }  # fmt: skip
 _AUX = ("user", "pid", "%cpu", "%mem", "vsz", "rss", "tty", "stat", "start", "time", "command")
+
+_STAT = re.compile(rb"(\d{1,9}) \(.*\) [A-Za-z]((?: -?\d{1,20}){21,60})\n?", re.DOTALL)
+"""/proc/PID/stat as far as its fields are used; the name may contain anything."""
 
 
 @dataclass(slots=True)
@@ -53,15 +57,23 @@ def _read(pid: int) -> _Process | None:
         status = os.stat(f"/proc/{pid}")
     except (FileNotFoundError, ProcessLookupError):
         return None
+    return parse(raw, line, status.st_uid, status.st_gid)
+
+
+def parse(raw: bytes, line: bytes, uid: int, gid: int) -> _Process | None:
+    """A process by its /proc/PID/stat and command line; None if that is not what it is."""
+    found = _STAT.fullmatch(raw)
+    if found is None:
+        return None
     name = raw[raw.index(b"(") + 1 : raw.rindex(b")")].decode("utf-8", "replace")
     fields = raw[raw.rindex(b")") + 2 :].decode("ascii").split()
     command = line.rstrip(b"\0").replace(b"\0", b" ").decode("utf-8", "replace")
-    return _Process(pid, fields, name, status.st_uid, status.st_gid, command or f"[{name}]")
+    return _Process(int(found[1]), fields, name, uid, gid, command or f"[{name}]")
 
 
-def _boot_time() -> float:
+def _uptime_s() -> float:
     with open("/proc/uptime", encoding="ascii") as file:
-        return time.time() - float(file.read().split()[0])
+        return float(file.read().split()[0])
 
 
 def _clock(seconds: int) -> str:
@@ -133,14 +145,20 @@ def columns(ps_args: str) -> list[str]:
 def processes(pids: Iterable[int], ps_args: str) -> dict[str, Any]:
     """Docker's ContainerTop."""
     wanted = columns(ps_args)
-    now, boot = time.time(), _boot_time()
+    now, uptime_s = time.time(), _uptime_s()
     memory = _PAGE * os.sysconf("SC_PHYS_PAGES")
+    found = [process for pid in sorted(pids) if (process := _read(pid)) is not None]
+    return shown(found, wanted, now=now, uptime_s=uptime_s, memory=memory)
+
+
+def shown(
+    found: Iterable[_Process], wanted: list[str], *, now: float, uptime_s: float, memory: int
+) -> dict[str, Any]:
+    """Docker's ContainerTop of processes of a kernel that has run for `uptime_s` at `now`."""
     rows = []
-    for pid in sorted(pids):
-        process = _read(pid)
-        if process is not None:
-            values = _values(process, now, boot, memory)
-            rows.append([values[name] for name in wanted])
+    for process in found:
+        values = _values(process, now, now - uptime_s, memory)
+        rows.append([values[name] for name in wanted])
     return {"Titles": [_TITLES[name] for name in wanted], "Processes": rows}
 
 

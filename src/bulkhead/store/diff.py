@@ -6,9 +6,10 @@ be running and hostile.
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 from bulkhead.store import tar_write
 
@@ -33,6 +34,10 @@ class _Found:
     @property
     def is_directory(self) -> bool:
         return stat.S_ISDIR(self.info.st_mode)
+
+    @property
+    def opaque(self) -> bool:
+        return self.is_directory and _is_opaque(_xattr_path(self))
 
     @property
     def is_whiteout(self) -> bool:
@@ -133,28 +138,57 @@ class _Lowers:
         return {name for name in found if self.stat(path + b"/" + name) is not None}
 
 
+class Upper(Protocol):
+    """One file of a writable layer."""
+
+    @property
+    def path(self) -> bytes:
+        """Relative to the layer's root."""
+        ...
+
+    @property
+    def is_whiteout(self) -> bool:
+        """Whether it hides what lower layers have there."""
+        ...
+
+    @property
+    def opaque(self) -> bool:
+        """Whether it is a directory that hides what lower layers have in it."""
+        ...
+
+
 def changes(upper: str, lowers: Sequence[str]) -> list[tuple[int, str]]:
     """Docker's `diff`: (kind, absolute path) sorted by path; `lowers` topmost first.
 
     A directory that is in both and unchanged but for what is inside counts as modified.
     """
-    below = _Lowers(lowers)
-    found: list[tuple[int, bytes]] = []
     root = os.open(upper, _DIRECTORY)
     try:
-        for item in _walk(root):
-            old = below.stat(item.path)
-            if item.is_whiteout:
-                if old is not None:
-                    found.append((DELETED, item.path))
-                continue
-            found.append((ADDED if old is None else MODIFIED, item.path))
-            if item.is_directory and old is not None and _is_opaque(_xattr_path(item)):
-                present = set(os.listdir(_xattr_path(item)))
-                gone = below.names(item.path) - present
-                found.extend((DELETED, item.path + b"/" + name) for name in gone)
+        return changes_of(_walk(root), lowers)
     finally:
         os.close(root)
+
+
+def changes_of(files: Iterable[Upper], lowers: Sequence[str]) -> list[tuple[int, str]]:
+    """Likewise of the files of a writable layer."""
+    below = _Lowers(lowers)
+    found: list[tuple[int, bytes]] = []
+    present: dict[bytes, set[bytes]] = {}
+    for item in files:
+        directory, _, name = item.path.rpartition(b"/")
+        if directory in present:
+            present[directory].add(name)
+        old = below.stat(item.path)
+        if item.is_whiteout:
+            if old is not None:
+                found.append((DELETED, item.path))
+            continue
+        found.append((ADDED if old is None else MODIFIED, item.path))
+        if old is not None and item.opaque:
+            present[item.path] = set()
+    for directory, names in present.items():
+        gone = below.names(directory) - names
+        found.extend((DELETED, directory + b"/" + name) for name in gone)
     return [(kind, "/" + os.fsdecode(path)) for kind, path in sorted(found, key=lambda c: c[1])]
 
 

@@ -5,7 +5,10 @@ Everything here blocks and is for threads. What comes from the guest is hostile:
 """
 
 import contextlib
+import errno
 import os
+import socket
+import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, Protocol, TypeVar, cast
@@ -18,6 +21,7 @@ from bulkhead.linux.fds import OwnedFd
 _T = TypeVar("_T")
 _SILENT_S = 120.0
 """How long a guest may be silent while its files are read."""
+_CONNECT_S = 20.0
 _NUMBERS_MAX = 1 << 62
 
 
@@ -127,6 +131,31 @@ class Interior:
         """Seconds since the guest was booted."""
         return float(self._read("/proc/uptime").split()[0])
 
+    def connect(self, address: str, port: int) -> socket.socket:
+        """A TCP connection from the guest's network to `address`, an IP address; OSError.
+
+        What carries it lives on until it is closed.
+        """
+        ours, theirs = socket.socketpair()
+        connection: link.Link | None = None
+        try:
+            with theirs:
+                connection = self._link(_CONNECT_S)
+                arguments = ["connect", address, str(port)]
+                connection.tool(arguments, theirs.fileno(), theirs.fileno(), main=False)
+            ours.settimeout(_CONNECT_S)
+            answer = ours.recv(4, socket.MSG_WAITALL)
+            number = struct.unpack("<i", answer)[0] if len(answer) == 4 else errno.ECONNABORTED
+            if number:
+                raise OSError(number, os.strerror(number))
+            ours.setblocking(False)
+        except BaseException:
+            ours.close()
+            if connection is not None:
+                connection.close()
+            raise
+        return _Carried(ours, connection)
+
     # --- usage and limits --------------------------------------------------------------------
 
     def processors(self) -> int:
@@ -165,21 +194,26 @@ class Interior:
             with self._link() as connection:
                 connection.set_up(link.settings(values))
 
-    def rewrite(self, position: int, data: bytes) -> None:
-        """Replace one of the engine's small files: that of the mount at `position`."""
-        with self._link() as connection:
-            connection.set_up(link.rewrite(f"/files/{position}", data))
-
-    def small_file(self, position: int) -> bytes:
-        """What such a file contains now."""
-        return self._read(f"/files/{position}")
-
     def _read(self, path: str) -> bytes:
         with self._link() as connection:
             try:
                 return connection.read(path)
             except OSError as error:
                 raise Unavailable(f"the guest's {path}: {error.strerror}") from error
+
+
+class _Carried(socket.socket):
+    """A socket at whose end the connection to the monitor ends too."""
+
+    def __init__(self, ours: socket.socket, connection: link.Link) -> None:
+        super().__init__(ours.family, ours.type, ours.proto, ours.detach())
+        self.setblocking(False)
+        self._connection = connection
+
+    def close(self) -> None:
+        """Close both."""
+        super().close()
+        self._connection.close()
 
 
 def _write_all(fd: int, data: bytes) -> None:

@@ -198,18 +198,6 @@ def clock(realtime_ns: int) -> Program:
     return program
 
 
-def rewrite(path: str, data: bytes) -> Program:
-    """Replace the contents of a file in place, so that mounts of it see them too."""
-    program = Program()
-    flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-    fd = program.call(f"open {path}", "openat", AT_FDCWD, path, flags, 0)
-    if data:
-        program.call(f"write {path}", "pwrite64", fd, data, len(data), 0)
-    program.call(f"cut {path}", "ftruncate", fd, len(data))
-    program.call("close", "close", fd)
-    return program
-
-
 def settings(values: Sequence[tuple[str, str]]) -> Program:
     """Write these values to these files, in their order."""
     program = Program()

@@ -237,21 +237,17 @@ def exec_(
 
 def show(bundle: Bundle, machine: Machine) -> Planned:
     """A guest that runs nothing of the workload and shows its files until its input ends."""
-    setup = _setup(bundle, bundle.spec, machine, {})
+    setup = _setup(bundle, bundle.spec, machine, {}, view=True)
     program = Program()
     for number, name in enumerate(frames.STREAMS):
         program.call(f"set {name}", "dup3", Fd(number), number, 0)
     program.call("session", "setsid")
-    lowers = ":".join(f"/layers/{number}" for number in range(len(machine.layers)))
-    options = f"lowerdir={lowers},upperdir=/upper/upper,workdir=/upper/work"
-    options += "".join(f",{name}={value}" for name, value in OVERLAY_OPTIONS)
-    tool = f"{INITRAMFS}/init"
-    program.exec("execute the tool", [tool], ["bulkhead-guest", "hold", options], [])
+    program.exec("execute the tool", [f"{INITRAMFS}/init"], ["bulkhead-guest", "hold"], [])
     main = program.compile()
     parts = [
         frames.run(SETUP, setup.data, Mode.SETUP),
         frames.run(MAIN, main.data, Mode.PIPES),
-        frames.shutdown(machine.poweroff, _unmounts(machine, {})),
+        frames.shutdown(machine.poweroff, [VIEW, *_unmounts(machine, {})]),
     ]
     steps = {SETUP: setup.steps, MAIN: main.steps}
     return Planned(b"".join(parts), steps, (*setup.listing, *main.listing))
@@ -430,7 +426,12 @@ class _Compiled:
 
 
 def _setup(
-    bundle: Bundle, spec: Spec, machine: Machine, sources: Mapping[int, Source]
+    bundle: Bundle,
+    spec: Spec,
+    machine: Machine,
+    sources: Mapping[int, Source],
+    *,
+    view: bool = False,
 ) -> _Compiled:
     program = Program()
     program.call("clear the umask", "umask", 0)
@@ -456,8 +457,18 @@ def _setup(
     if spec.hostname and spec.linux.namespace("uts") is None:
         name = spec.hostname.encode()
         program.call("set the host name", "sethostname", name, len(name))
+    if view:
+        _plan_view(program, machine)
     compiled = program.compile()
     return _Compiled(compiled.data, compiled.steps, compiled.listing)
+
+
+def _plan_view(program: Program, machine: Machine) -> None:
+    lowers = ":".join(f"/layers/{number}" for number in range(len(machine.layers)))
+    options = f"lowerdir={lowers},upperdir=/upper/upper,workdir=/upper/work"
+    options += "".join(f",{name}={value}" for name, value in OVERLAY_OPTIONS)
+    _directory(program, VIEW)
+    program.call("mount the root", "mount", "overlay", VIEW, "overlay", 0, options)
 
 
 def _directory(program: Program, path: str, mode: int = 0o755) -> None:
