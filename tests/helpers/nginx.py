@@ -31,7 +31,8 @@ def _key() -> str:
     return hashlib.sha256("\0".join([SUITE, *PACKAGES, NGINX, *code]).encode()).hexdigest()[:16]
 
 
-def _can_bootstrap() -> None:
+def can_bootstrap() -> None:
+    """Skip, with the reason, where no image can be made."""
     for program in ("mmdebstrap", "apt-get"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed here (apt-get install mmdebstrap)")
@@ -49,7 +50,7 @@ def nginx_archive() -> Path:
     with (CACHE / "nginx.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            _can_bootstrap()
+            can_bootstrap()
             with tempfile.TemporaryDirectory(prefix="bh-nginx-", dir="/var/tmp") as folder:
                 made = Path(folder, "image.tar")
                 with installation(Path(folder)) as here:

@@ -281,5 +281,7 @@ def distance(one: str, other: str) -> int:
 
 def closest(word: str, known: Sequence[str]) -> str:
     """The known word that was probably meant, or ""."""
-    near = [(distance(word, other), other) for other in known] if len(word) < 30 else []
-    return min(near)[1] if near and min(near)[0] <= 2 else ""
+    near = [
+        (distance(word, other), word[:1] != other[:1], other) for other in known if len(word) < 30
+    ]
+    return min(near)[2] if near and min(near)[0] <= 2 else ""
