@@ -4,13 +4,12 @@ Implements the seam and its optional Protocols Pausable, Updatable and Measured.
 a container's own processes: this is a thin layer that makes launch programs and reads the kernel.
 """
 
-import asyncio
 import contextlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from signal import SIGKILL
-from typing import Any
+from typing import Any, TypeVar
 
 from bulkhead.boundaries import container_copyup, container_idmap
 from bulkhead.boundaries.container_exec import exec_template
@@ -41,6 +40,7 @@ from bulkhead.linux.fds import OwnedFd
 from bulkhead.linux.terminals import window_size
 from bulkhead.oci.runtime import Mount, Process, Resources, Spec, validate_process
 
+T = TypeVar("T")
 _OPTIONAL = frozenset({"pausable", "updatable", "measured"})
 
 
@@ -223,7 +223,7 @@ class Container:
             raise Conflict(f"container {self.bundle.id} is already running")
         if self._root is not None:
             before, self._root = self._root, None
-            await asyncio.to_thread(before.close)
+            await _in_thread(before.close)
         with contextlib.ExitStack() as undo:
             prepared = container_copyup.prepare(self.bundle, undo)
             prepared |= await self._prepare_mapped(undo)
@@ -265,11 +265,11 @@ class Container:
             )
         undo.callback(made["userns"].close)
         for position, mount in enumerate(spec.mounts):
-            fd = await asyncio.to_thread(_prepare_mount, spec, mount, made["userns"])
+            fd = await _in_thread(_prepare_mount, spec, mount, made["userns"])
             if fd is not None:
                 made[f"mount{position}"] = fd
                 undo.callback(fd.close)
-        made["root"] = await asyncio.to_thread(_mapped_root, bundle, made["userns"])
+        made["root"] = await _in_thread(_mapped_root, bundle, made["userns"])
         return made
 
     def _ready_root(self) -> OwnedFd | None:
@@ -397,7 +397,7 @@ class Container:
         """Signal the first process, or every process of the container."""
         if everyone:
             if signal == SIGKILL:
-                await asyncio.to_thread(self.group.kill)
+                await _in_thread(self.group.kill)
             else:
                 self.group.signal(signal)
             return
@@ -408,18 +408,18 @@ class Container:
         except Denied:
             if signal != SIGKILL or cgroups.detect().version == 1:
                 raise
-            await asyncio.to_thread(self.group.kill)  # cgroup.kill asks no security module
+            await _in_thread(self.group.kill)  # cgroup.kill asks no security module
         if signal == SIGKILL and self.group.frozen():
             # Version 1 keeps even SIGKILL from a frozen process until it is thawed.
-            await asyncio.to_thread(self.group.thaw)
+            await _in_thread(self.group.thaw)
 
     async def delete(self, *, force: bool = False) -> None:
         """Remove the control group; with `force` kill what is still in it."""
         if self._running():
             if not force:
                 raise Conflict(f"container {self.bundle.id} is running: stop it first")
-            await asyncio.to_thread(self.group.kill)
-        await asyncio.to_thread(self.dispose, TIMEOUT_S)
+            await _in_thread(self.group.kill)
+        await _in_thread(self.dispose, TIMEOUT_S)
 
     def dispose(self, timeout_s: float = 0.05) -> None:
         """`delete` of a container that does not run; for any thread, not the loop's.
@@ -494,11 +494,11 @@ class Container:
 
     async def pause(self) -> None:
         """Freeze every process."""
-        await asyncio.to_thread(self.group.freeze)
+        await _in_thread(self.group.freeze)
 
     async def resume(self) -> None:
         """Thaw them."""
-        await asyncio.to_thread(self.group.thaw)
+        await _in_thread(self.group.thaw)
 
     async def update(self, resources: Resources) -> None:
         """Apply changed limits at once."""
@@ -515,6 +515,12 @@ class Container:
     def oom_kills(self) -> int:
         """How many processes the kernel has killed here for want of memory."""
         return self.group.oom_kills()
+
+
+async def _in_thread(work: Callable[..., T], *arguments: Any) -> T:
+    from asyncio import to_thread  # costs a runtime more than all the rest
+
+    return await to_thread(work, *arguments)
 
 
 def _mount_overlay(rootfs: Rootfs) -> OwnedFd:

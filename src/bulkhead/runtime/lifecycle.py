@@ -157,21 +157,20 @@ class _Creation:
     def run(self) -> Record:
         """Create the container; nothing of it is left if that fails."""
         identity = self.record.id
-        with ExitStack() as undo:
-            path = self.records.make(identity)
-            undo.callback(self.records.remove, identity)
+        with self.records.made(identity) as path, ExitStack() as kept:
+            kept.callback(self.records.remove, identity)
             self.records.save(self.record)
             spawner = Spawner(f"{path}/progress")
             boundary = boundary_of(spawner)
             with ExitStack() as lent:
-                container = self._launch(boundary, spawner, path, undo, lent)
+                container = self._launch(boundary, spawner, path, kept, lent)
             pid = container.state().pid
-            undo.callback(_end, container)
+            kept.callback(_end, container)
             self.record.pid, self.record.start_time = pid, procfs.start_time(pid)
             self.records.save(self.record)
             if self.options.pid_file:
                 write_pid(self.options.pid_file, pid)
-            undo.pop_all()
+            kept.pop_all()
         return self.record
 
     def _launch(

@@ -9,6 +9,7 @@
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -23,6 +24,7 @@ from bulkhead.isolation.cgroups import manager as cgroups
 from bulkhead.linux import procfs
 from bulkhead.oci.runtime import Spec, decode, encode
 
+_BESIDE = ".new-"
 _ID = re.compile(r"[\w+.-]{1,1024}", re.ASCII)
 
 
@@ -53,30 +55,37 @@ class Records:
             raise Invalid(f"invalid container ID {identity!r}: letters, digits and _+.- only")
         return "/".join((self.root, identity, *parts))
 
-    def make(self, identity: str) -> str:
-        """Take the id: its directory; Conflict if it is taken."""
+    @contextlib.contextmanager
+    def made(self, identity: str) -> Iterator[str]:
+        """Take the id: its directory, locked meanwhile; Conflict if it is taken.
+
+        The directory appears with its lock held, so that nobody removes half a container.
+        """
         path = self.path(identity)
         os.makedirs(self.root, mode=0o700, exist_ok=True)
-        try:
-            os.mkdir(path, 0o711)
-        except FileExistsError:
-            raise Conflict(f"container with given ID already exists: {identity}") from None
-        return path
+        beside = f"{self.root}/{_BESIDE}{identity}.{os.getpid()}"
+        os.mkdir(beside, 0o711)
+        with contextlib.ExitStack() as undo:
+            undo.callback(_discard, beside)
+            undo.enter_context(_lock(f"{beside}/lock"))
+            try:
+                os.rename(beside, path)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+                raise Conflict(f"container with given ID already exists: {identity}") from None
+            yield path
 
     @contextlib.contextmanager
     def locked(self, identity: str) -> Iterator[None]:
         """Nobody else changes the container meanwhile; NotFound if there is none."""
         try:
-            fd = os.open(self.path(identity, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            with _lock(self.path(identity, "lock")):
+                if not os.path.exists(self.path(identity, "lock")):
+                    raise _missing(identity)
+                yield
         except FileNotFoundError:
             raise _missing(identity) from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            if not os.path.exists(self.path(identity, "lock")):
-                raise _missing(identity)
-            yield
-        finally:
-            os.close(fd)
 
     def save(self, record: Record) -> None:
         """Replace what is remembered."""
@@ -120,7 +129,7 @@ class Records:
     def ids(self) -> list[str]:
         """Every id that is taken, in order."""
         try:
-            return sorted(os.listdir(self.root))
+            return sorted(n for n in os.listdir(self.root) if not n.startswith(_BESIDE))
         except FileNotFoundError:
             return []
 
@@ -134,6 +143,22 @@ class Records:
             return "created"
         frozen = cgroups.detect().open(record.cgroup).frozen()
         return "paused" if frozen else "running"
+
+
+@contextlib.contextmanager
+def _lock(path: str) -> Iterator[None]:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _discard(directory: str) -> None:
+    """Remove a directory that did not become a container's."""
+    if os.path.exists(directory):
+        shutil.rmtree(directory)
 
 
 def alive(record: Record) -> bool:
