@@ -114,6 +114,26 @@ def test_processes_are_those_of_the_workload_s_namespace(interior: Interior) -> 
     assert all(b"(" in line for line, _, _, _ in found)
 
 
+def _feed(sock: socket.socket, data: bytes) -> None:
+    sock.sendall(data)
+    sock.shutdown(socket.SHUT_WR)
+
+
+def test_connections_come_from_inside(interior: Interior) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with interior.connect("127.0.0.1", port) as ours, server.accept()[0] as theirs:
+            ours.setblocking(True)
+            ours.sendall(b"question")
+            ours.shutdown(socket.SHUT_WR)
+            assert theirs.recv(100, socket.MSG_WAITALL) == b"question"
+            theirs.sendall(b"answer")
+            theirs.shutdown(socket.SHUT_WR)
+            assert ours.recv(100, socket.MSG_WAITALL) == b"answer"
+    with pytest.raises(ConnectionRefusedError):
+        interior.connect("127.0.0.1", port)
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -128,7 +148,7 @@ def test_processes_are_those_of_the_workload_s_namespace(interior: Interior) -> 
 def test_nonsense_from_a_guest_is_refused(data: bytes) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        feeder = threading.Thread(target=lambda: (theirs.sendall(data), theirs.shutdown(1)))
+        feeder = threading.Thread(target=_feed, args=(theirs, data))
         feeder.start()
         with ours.makefile("rb") as stream, pytest.raises(Unavailable):
             _all(tree.Reader(stream))

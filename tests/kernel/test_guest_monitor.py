@@ -17,7 +17,8 @@ import pytest
 
 from bulkhead.boundaries.guest import frames
 from bulkhead.boundaries.guest.frames import Mode, Type
-from bulkhead.errors import CommandNotFound
+from bulkhead.boundaries.guest.link import Link
+from bulkhead.errors import CommandNotFound, LaunchFailed
 from bulkhead.keeper.holder import program_path
 from bulkhead.linux.program import Program
 from tests.helpers.guest_rig import simple
@@ -124,6 +125,33 @@ def test_a_vmm_that_ends_is_reported(tmp_path: Path, vmm: list[str]) -> None:
         assert "the guest ended" in str(frames.failure(frame, []))
         assert monitor.wait()[0] == 125
         assert monitor.detail()["reason"] == "failed"
+
+
+def test_the_consoles_last_words_are_in_the_report(tmp_path: Path) -> None:
+    vmm = ["/bin/sh", "-c", "echo booting; echo; printf 'no \\033[31mdisk\\n' >&2; exit 1"]
+    with Monitor(tmp_path, main_frames(simple("true")), vmm=vmm) as monitor:
+        said = str(frames.failure(monitor.report(), []))
+        assert "the guest ended" in said
+        assert said.endswith("; its console's last words: booting / no  [31mdisk")
+        monitor.wait()
+
+
+def test_a_client_s_failed_set_up_spoils_nothing(tmp_path: Path) -> None:
+    program = Program()
+    program.call("enter nothing", "chdir", "/no/such/place")
+    good = Program()
+    good.call("enter something", "chdir", "/")
+    with Monitor(tmp_path, main_frames(simple("sleep", "1000"))) as monitor:
+        monitor.report()
+        place = str(tmp_path / "guest.sock")
+        with Link(os.getpid(), place=place) as link, pytest.raises(LaunchFailed, match="nothing"):
+            link.set_up(program)
+        with Link(os.getpid(), place=place) as link:
+            link.set_up(good)
+        with Link(os.getpid(), place=place) as link:
+            assert link.read("/proc/self/comm") == b"bulkhead-guest\n"
+        done = monitor.exec(frames.run(1, simple("echo", "still here"), Mode.PIPES))
+        assert done.communicate(timeout=DEADLINE_S) == (b"still here\n", b"")
 
 
 def test_a_vmm_that_ends_later_ends_the_workload(tmp_path: Path) -> None:
