@@ -33,7 +33,7 @@ RULES = [
 ]  # fmt: skip
 
 LONG = "sh -c 'echo begun; echo odd >&2; sleep 1000'"
-DOCKERFILE = "FROM busybox\\nRUN echo hello > /x\\nENV A=b\\nCMD [\"cat\", \"/x\"]\\n"
+DOCKERFILE = 'FROM busybox\\nRUN echo hello > /x\\nENV A=b\\nCMD ["cat", "/x"]\\n'
 SCENES = {
     "run": """
         D run --rm busybox true
@@ -238,7 +238,7 @@ SCENES = {
         D run --rm built:1
         D history --format '{{.CreatedBy}}' built:1 | head -3
         printf 'FROM busybox\\nRUN exit 3\\n' | D build - 2>&1 | tail -1
-        D rmi -f built:1 | grep -c .
+        D rmi -f built:1 | grep -c Untagged
     """,
 }  # fmt: skip
 

@@ -1,6 +1,5 @@
 """`/build`, `/build/prune`, `/session`: the classic builder; BuildKit's session is refused."""
 
-from importlib import import_module
 from typing import Any
 
 from bulkhead.api.answers import Failed, Reply
@@ -33,11 +32,20 @@ async def build(x: Exchange) -> object:
     if x.text("version") == "2" or x.text("session"):
         raise Failed(501, NO_BUILDKIT)
     _available(x, "build.run")
-    classic = import_module("bulkhead.build.classic")
+    from bulkhead.build import classic
+
     params: dict[str, Any] = classic.parameters(x.query, registry_config(x))
 
+    quiet = x.flag("q")
+
     async def work(item: Item) -> Any:
-        return await with_upload(x, lambda file: x.call("build.run", params, [file], item))
+        def shown(message: Any) -> None:
+            if not quiet or "aux" in message:
+                item(message)
+
+        made = await with_upload(x, lambda file: x.call("build.run", params, [file], shown))
+        if quiet:
+            item({"stream": f"{made['Id']}\n"})
 
     return await progress(x, work)
 

@@ -7,9 +7,12 @@ socket says only that the client sends no more; that it is gone shows as a hang-
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import select
 import socket
+import struct
+import termios
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -26,13 +29,21 @@ HIGH_WATER = 1 << 20
 """Received bytes that may wait before no more are read."""
 _DRAIN_LIMIT = 256 << 10
 """A body that nobody read is read to its end up to this size, else the connection ends."""
-_PIECE = 64 << 10
+_HEAD_TAKEN_WITHIN_S = 2.0
 
 Handle = Callable[["Connection", Head], Awaitable[None]]
 
 
 class Gone(Exception):
     """The client closed the connection."""
+
+
+def _unread(number: int) -> bool:
+    """Whether the peer of a Unix socket has not read all of what was sent (unix(7), SIOCOUTQ)."""
+    if number < 0:
+        return False
+    left: int = struct.unpack("i", fcntl.ioctl(number, termios.TIOCOUTQ, b"\0\0\0\0"))[0]
+    return left > 0
 
 
 def _late(news: "asyncio.Future[bool]") -> None:
@@ -280,6 +291,19 @@ class Connection(asyncio.Protocol):
             await asyncio.shield(self._room)
         if self.lost:
             raise Gone
+
+    async def head_taken(self) -> None:
+        """After a hijack: wait until the client has read the head, as far as the kernel says.
+
+        docker-py (to 7.2 at least) loses output that it receives together with the head: it reads
+        the head through a buffer and what follows from the socket itself.
+        """
+        sock: socket.socket | None = self.extra("socket")
+        if sock is None or sock.family != socket.AF_UNIX:
+            return
+        deadline = self._loop.time() + _HEAD_TAKEN_WITHIN_S
+        while not self.lost and self._loop.time() < deadline and _unread(sock.fileno()):
+            await asyncio.sleep(0.0005)
 
     async def received(self) -> bytes:
         """After a hijack: the next bytes from the client, b"" at their end."""

@@ -51,23 +51,22 @@ async def start(x: Exchange) -> object:
     if execution.state != "created":
         word = "running" if execution.state == "running" else "run"
         raise Conflict(f"Error: Exec command {execution.id} has already {word}")
-    params = {"id": execution.id, "rows": rows, "columns": columns}
+    params: dict[str, Any] = {"id": execution.id, "rows": rows, "columns": columns}
     if wanted.detach:
         await x.call("exec.start", {**params, "detach": True})
         return OK
-    streams = {
-        "stdin": request.attach_stdin,
-        "stdout": request.attach_stdout,
-        "stderr": request.attach_stderr and not request.tty,
-    }
-    session = Session(x, terminal=request.tty, **streams)
+    stdin, stdout = request.attach_stdin, request.attach_stdout
+    stderr = request.attach_stderr and not request.tty
+    session = Session(x, raw=request.tty, stdin=stdin, stdout=stdout, stderr=stderr)
+    params |= {"stdin": stdin, "stdout": stdout, "stderr": stderr}
     complete = False
     try:
         stream = x.hijack(kind_of(x, terminal=request.tty))
         session.start(stream)
         try:
-            await x.call("exec.start", {**params, **streams}, session.give())
+            await x.call("exec.start", params, session.give())
         except BulkheadError as error:
+            await x.connection.head_taken()
             report_failure(stream, error, terminal=request.tty)
         complete = True
     finally:

@@ -23,6 +23,7 @@ from bulkhead.api import (
     system,
     transfers,
     volumes,
+    websocket,
 )
 from bulkhead.api.answers import Reply
 from bulkhead.api.connection import Connection, Gone
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("bulkhead.api")
 PARTS = (
     absent, archives, builds, containers, extensions, images, networks, processes, streams,
-    system, transfers, volumes,
+    system, transfers, volumes, websocket,
 )  # fmt: skip
 """The modules that add routes."""
 
@@ -134,6 +135,8 @@ class Service:
         handler, exchange.at = found
         result = await handler(exchange)
         if result is SENT:
+            if exchange.stream is not None:
+                exchange.stream.flush()
             return None
         return result if isinstance(result, Reply) else Reply(200, result)
 

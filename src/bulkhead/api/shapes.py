@@ -24,4 +24,6 @@ def image(one: dict[str, Any], version: Version) -> dict[str, Any]:
     """ImageInspect and ImageSummary: until 1.43 the size is given twice."""
     if version < (1, 44) and "Size" in one:
         one["VirtualSize"] = one["Size"]
+    else:
+        one.pop("VirtualSize", None)
     return one

@@ -6,7 +6,7 @@ standard output, 2 standard error, 3 an error of ours) and the length. With one 
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from bulkhead.api.answers import Reply
@@ -38,10 +38,19 @@ class Session:
     """Pipes between a hijacked connection and a process's streams."""
 
     def __init__(
-        self, x: Exchange, *, terminal: bool, stdin: bool, stdout: bool, stderr: bool
+        self,
+        x: Exchange,
+        *,
+        raw: bool,
+        stdin: bool,
+        stdout: bool,
+        stderr: bool,
+        source: AsyncIterator[bytes] | None = None,
     ) -> None:
+        """`raw`: output is not multiplexed; `source`: of the input, instead of the connection."""
         self._x = x
-        self._terminal = terminal
+        self._raw = raw
+        self._source = source or self._received()
         self._lent: list[OwnedFd | None] = [None, None, None]
         self._input: OwnedFd | None = None
         self._outputs: list[tuple[int, OwnedFd]] = []
@@ -50,12 +59,17 @@ class Session:
             self._lent[0], self._input = pipe(64 << 10)
         if stdout:
             self._add(1)
-        if stderr and not terminal:
+        if stderr:
             self._add(2)
 
     def _add(self, number: int) -> None:
         reading, self._lent[number] = pipe(256 << 10)
         self._outputs.append((number, reading))
+
+    @property
+    def idle(self) -> bool:
+        """Whether it connects nothing."""
+        return self._input is None and not self._outputs
 
     def lend(self) -> list[int | None]:
         """The process's ends of stdin, stdout, stderr; kept open until `finish`."""
@@ -73,8 +87,8 @@ class Session:
         for number, fd in self._outputs:
             self._tasks.append(loop.create_task(self._out(stream, number, fd)))
         if self._input is not None:
-            self._tasks.append(loop.create_task(feed(self._received(), self._input)))
-        elif not self._outputs:
+            self._tasks.append(loop.create_task(feed(self._source, self._input)))
+        elif self.idle:
             self._tasks.append(loop.create_task(self._discard()))
 
     async def _received(self) -> AsyncIterator[bytes]:
@@ -86,7 +100,8 @@ class Session:
             pass
 
     async def _out(self, stream: Stream, number: int, fd: OwnedFd) -> None:
-        raw = self._terminal
+        raw = self._raw
+        await self._x.connection.head_taken()
         async with contextlib.aclosing(pieces(fd, 32 << 10)) as found:  # type: ignore[type-var]
             async for data in found:
                 stream.write(data if raw else framed(number, data))
@@ -126,7 +141,7 @@ def _wanted(x: Exchange) -> dict[str, bool]:
 @ROUTES.add("POST", "/containers/{id}/attach")
 async def attach(x: Exchange) -> object:
     """Connect to its streams, of this run or the next; a hijack."""
-    workload, keys = _attachable(x)
+    workload, keys = attachable(x)
     record = workload.record
     wanted = _wanted(x)
     terminal = record.config.tty
@@ -135,11 +150,13 @@ async def attach(x: Exchange) -> object:
     if not x.flag("stream"):
         x.hijack(kind_of(x, terminal=terminal))
         return SENT
-    await _session(x, workload, wanted, keys)
+    session = _session(x, workload, wanted)
+    await connected(x, workload, session, keys, lambda: x.hijack(kind_of(x, terminal=terminal)))
     return SENT
 
 
-def _attachable(x: Exchange) -> tuple[Workload, bytes]:
+def attachable(x: Exchange) -> tuple[Workload, bytes]:
+    """The container to attach to, and the keys that detach."""
     workload = x.engine.workloads.find(x.at["id"])
     if workload.record.status == "paused":
         raise Conflict(f"container {x.at['id']} is paused, unpause the container before attach")
@@ -148,35 +165,37 @@ def _attachable(x: Exchange) -> tuple[Workload, bytes]:
     return workload, detach_keys(x.text("detachKeys"))
 
 
-async def _session(
-    x: Exchange, workload: Workload, wanted: dict[str, bool], keys: bytes,
-    stream: Stream | None = None,
-) -> None:  # fmt: skip
+async def connected(
+    x: Exchange, workload: Workload, session: Session, keys: bytes, begin: Callable[[], Stream]
+) -> None:
+    """Connect `session` until the run ends, the client detaches or leaves; `begin` answers."""
     engine, record = x.engine, workload.record
-    wanted["stdin"] = wanted["stdin"] and record.config.open_stdin
-    terminal = record.config.tty
-    session = Session(x, terminal=terminal, **wanted)
     complete = False
     try:
-        if not any(wanted.values()):
-            stream = stream or x.hijack(kind_of(x, terminal=terminal))
-            session.start(stream)
+        if session.idle:
+            session.start(begin())
             await asyncio.shield(workload.ended)
             return
-        keeper = engine.processes.keeper
         stdin, stdout, stderr = session.lend()
-        async with keeper.attaching(
+        async with engine.processes.keeper.attaching(
             record.id, stdin=stdin, stdout=stdout, stderr=stderr, detach_keys=keys
         ) as attached:
             engine.events.emit("container", "attach", record.id, attributes(workload))
-            stream = stream or x.hijack(kind_of(x, terminal=terminal))
-            session.start(stream)
+            session.start(begin())
             reason = await attached
         if reason == "detached":
             engine.events.emit("container", "detach", record.id, attributes(workload))
         complete = True
     finally:
         await session.finish(complete=complete)
+
+
+def _session(x: Exchange, workload: Workload, wanted: dict[str, bool]) -> Session:
+    config = workload.record.config
+    return Session(
+        x, raw=config.tty, stdin=wanted["stdin"] and config.open_stdin, stdout=wanted["stdout"],
+        stderr=wanted["stderr"] and not config.tty,
+    )  # fmt: skip
 
 
 async def _logs_then_attach(
@@ -186,6 +205,7 @@ async def _logs_then_attach(
     terminal = workload.record.config.tty
     stream = x.hijack(kind_of(x, terminal=terminal))
     if wanted["stdout"] or wanted["stderr"]:
+        await x.connection.head_taken()
 
         def item(record: Any) -> None:
             stream.write(record[1] if terminal else framed(record[0], record[1]))
@@ -194,7 +214,7 @@ async def _logs_then_attach(
         with contextlib.suppress(Invalid):  # a driver that keeps no log
             await x.call("workload.logs", params, item=item)
     if x.flag("stream"):
-        await _session(x, workload, wanted, keys, stream)
+        await connected(x, workload, _session(x, workload, wanted), keys, lambda: stream)
     return SENT
 
 

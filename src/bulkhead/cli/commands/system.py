@@ -105,6 +105,13 @@ def serve(context: Context, parsed: Parsed) -> None:
     ]  # fmt: skip
     if parsed["log-level"]:
         command += ["--log-level", parsed["log-level"]]
+    for address in parsed["host"] or ():
+        command += ["--host", address]
+    if parsed["tlsverify"]:
+        command += ["--tlsverify"]
+    for name in ("tlscacert", "tlscert", "tlskey"):
+        if parsed[name]:
+            command += [f"--{name}", os.path.abspath(parsed[name])]
     sys.stdout.flush()
     os.execve(command[0], command, engine_environment())
 
@@ -137,7 +144,18 @@ COMMANDS = {
         options=(
             Option("--log-level", "string", "How much to log",
                    choices=("debug", "info", "warning", "error")),
+            Option("-H, --host", "list",
+                   "Where to serve the Docker API: unix://PATH, tcp://ADDRESS:PORT with TLS"),
+            Option("--tlsverify", "bool", "Demand certificates of clients (needed with tcp://)"),
+            Option("--tlscacert", "string", "Certificates that sign those of clients"),
+            Option("--tlscert", "string", "The server's certificate"),
+            Option("--tlskey", "string", "The key of the server's certificate"),
         ),
-        examples=("bulkhead serve", "bulkhead --root /srv/bulkhead serve"),
+        examples=(
+            "bulkhead serve",
+            "bulkhead --root /srv/bulkhead serve",
+            "bulkhead serve --host unix:///run/bulkhead/docker.sock --host tcp://0.0.0.0:2376 "
+            "--tlsverify --tlscacert ca.pem --tlscert cert.pem --tlskey key.pem",
+        ),
     ),
 }  # fmt: skip
