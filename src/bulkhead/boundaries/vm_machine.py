@@ -210,7 +210,8 @@ def _prepare(boundary: "GuestBoundary", bundle: Bundle) -> jail.Jail:
     def place(path: str, *, writable: bool) -> str:
         if writable:
             os.chown(path, uid, uid)
-            os.chmod(path, 0o600)
+            # Its directory keeps people out; qemu-img's jails have other users.
+            os.chmod(path, 0o644)
         files.append((path, writable))
         return f"/disks/{len(files) - 1}"
 

@@ -8,9 +8,11 @@ import contextlib
 import math
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bulkhead.boundaries.jail import uid_of
@@ -189,6 +191,10 @@ async def import_(
             if packed and not kind:
                 said = await engine.blocking(lambda: ova.unpack(source, f"{folder}/packed"))
                 source, found = f"{folder}/packed", firmware_kind or said.firmware
+            if not os.stat(source).st_mode & stat.S_IROTH:
+                await engine.blocking(partial(copy_sparse, source, f"{folder}/readable"))
+                source = f"{folder}/readable"
+                os.chmod(source, 0o644)
             detected = await engine.blocking(lambda: foreign.detect(source))
         except OSError as error:
             raise Invalid(f"cannot read {path}: {error.strerror}") from error

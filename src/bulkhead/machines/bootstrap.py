@@ -32,6 +32,7 @@ PACKAGES = (
 """Beside what is essential: a kernel and what it takes to be a guest that cloud-init sets up."""
 DEFAULT_BYTES = 4 << 30
 USER = "debian"
+_SERVICES = "systemd-networkd systemd-resolved"
 _LEFT_OUT = ("man", "doc", "locale", "info", "lintian")
 _MODULES = (
     "virtio_pci", "virtio_blk", "virtio_scsi", "sd_mod", "ahci", "nvme", "mptspi", "vmw_pvscsi",
@@ -41,6 +42,7 @@ _MODULES = (
 _CLOUD = """\
 # Written by bulkhead vm bootstrap: the seed is a disk labelled cidata, and nothing else is asked.
 datasource_list: [NoCloud, None]
+network: {config: disabled}
 ssh_genkeytypes: [ed25519]
 cloud_init_modules: [seed_random, bootcmd, write-files, growpart, resizefs, disk_setup, mounts,
   set_hostname, update_hostname, update_etc_hosts, ca-certs, users-groups, ssh]
@@ -49,7 +51,26 @@ cloud_final_modules: [package-update-upgrade-install, write-files-deferred, scri
   scripts-per-once, scripts-per-boot, scripts-per-instance, scripts-user, final-message,
   power-state-change]
 """
+_NETWORK = """\
+# Written by bulkhead vm bootstrap: every Ethernet card asks by DHCP, whichever it is today.
+[Match]
+Type=ether
+Kind=!*
+
+[Network]
+DHCP=yes
+
+[DHCPv4]
+UseDomains=yes
+"""
+_ONLINE = """\
+[Service]
+ExecStart=
+ExecStart=/lib/systemd/systemd-networkd-wait-online --any --timeout=20
+"""
 _FILES = {
+    "etc/systemd/network/80-ethernet.network": _NETWORK,
+    "etc/systemd/system/systemd-networkd-wait-online.service.d/bulkhead.conf": _ONLINE,
     "etc/fstab": "LABEL=root / ext4 errors=remount-ro 0 1\n"
     "PARTLABEL=EFI /boot/efi vfat umask=0077,noauto,x-systemd.automount 0 0\n",
     "etc/machine-id": "",
@@ -180,6 +201,7 @@ def _install(lock: Lock, work: str, tree: str, progress: Progress) -> None:
         '--aptopt=APT::Sandbox::User "root"', "--aptopt=APT::Install-Recommends false",
         *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in _LEFT_OUT),
         f"--setup-hook=cp -r {early}/. '$1'".replace("'", '"'),
+        f'--customize-hook=chroot "$1" systemctl enable {_SERVICES}',
         lock.suite, tree, f"deb [trusted=yes] copy:{work}/debs ./",
     ]  # fmt: skip
     for _ in bootstrap.tar(command, lock.epoch, work, progress):

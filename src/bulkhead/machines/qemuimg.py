@@ -1,5 +1,6 @@
 """qemu-img(1), always in a jail, with every format named; sizes in bytes.
 
+The jail's user can read only what everybody can, and owns what it is to write.
 In the jail the image at hand is /disks/0 and what it lies on /disks/1, which is also what its
 header says; no other file of the host is there to be opened.
 """
@@ -125,5 +126,7 @@ def _under(base: str) -> list[tuple[str, bool]]:
 
 
 def _empty(path: str) -> str:
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    os.fchmod(fd, 0o644)
+    os.close(fd)
     return path

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bulkhead.boundaries.vmm.qemu import BASELINE, BINARY, SANDBOX, Card
+from bulkhead.boundaries.vmm.qemu import BASELINE, BINARY, PORT, SANDBOX, Card
 from bulkhead.errors import Invalid, Unsupported
 
 MIN_MEMORY = 64 << 20
@@ -85,6 +85,72 @@ def argv(machine: Machine) -> list[str]:
     return words
 
 
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """The same PC entered by a kernel of ours, with the guest protocol on a virtio port.
+
+    Disks in order are /dev/vda and so on, cards eth0 and so on.
+    """
+
+    kernel: str
+    initramfs: str
+    channel_fd: int
+    disks: Sequence[tuple[str, bool]]
+    """Raw files, and whether they may be written."""
+    cards: Sequence[Card]
+    memory_bytes: int
+    vcpus: int
+    accelerator: str
+    tsc_khz: int = 0
+
+
+MOST_DISKS = 20
+"""PCI slots, less those of the board, the port and some cards."""
+
+
+def guest_argv(guest: Guest) -> list[str]:
+    """QEMU's command line for an image's kernel and layers."""
+    if len(guest.disks) + len(guest.cards) > MOST_DISKS:
+        raise Unsupported(f"a VM has room for {MOST_DISKS} disks and network cards together")
+    words = [BINARY, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
+    words += ["-sandbox", SANDBOX, "-name", "bulkhead,process=qemu"]
+    words += ["-M", "q35,smm=off,vmport=off,usb=off,sata=off,mem-merge=off"]
+    words += ["-m", f"{guest.memory_bytes >> 20}M", "-smp", str(guest.vcpus)]
+    words += _processor(guest.accelerator, guest.vcpus)
+    words += ["-kernel", guest.kernel, "-initrd", guest.initramfs, "-append", command_line(guest)]
+    words += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
+    words += ["-chardev", f"socket,id=channel,fd={guest.channel_fd}"]
+    words += ["-device", "virtio-serial-pci,max_ports=2"]
+    words += ["-device", f"virtserialport,chardev=channel,name={PORT}"]
+    for number, card in enumerate(guest.cards):
+        words += ["-netdev", f"tap,id=net{number},fd={card.tap_fd}"]
+        words += ["-device", f"virtio-net-pci,mac={card.mac},netdev=net{number},romfile="]
+    for number, (path, writable) in enumerate(guest.disks):
+        node = _format(path, "raw", readonly=not writable) | {"node-name": name(number)}
+        words += ["-blockdev", _json(node | ({"discard": "unmap"} if writable else {}))]
+        words += ["-device", f"virtio-blk-pci,drive={name(number)}"]
+    return words
+
+
+def command_line(guest: Guest) -> str:
+    """The kernel's."""
+    words = [
+        "console=ttyS0 quiet loglevel=3 panic=-1 8250.nr_uarts=1 no_timer_check",
+        f"nr_cpus={guest.vcpus} audit=0 apparmor=0 nowatchdog cryptomgr.notests",
+        "random.trust_cpu=on",
+    ]
+    if guest.accelerator == "tcg":
+        words.append(f"nokaslr tsc=reliable tsc_early_khz={guest.tsc_khz}")
+    return " ".join(words)
+
+
+def _processor(accelerator: str, vcpus: int) -> list[str]:
+    if accelerator == "kvm":
+        return ["-accel", "kvm", "-cpu", "host"]
+    threads = "multi" if vcpus > 1 else "single"
+    return ["-accel", f"tcg,thread={threads},tb-size=128", "-cpu", BASELINE]
+
+
 def _check(machine: Machine) -> None:
     if machine.memory_bytes < MIN_MEMORY:
         raise Invalid(f"a machine needs at least {MIN_MEMORY >> 20} MiB of memory")
@@ -111,11 +177,7 @@ def _board(machine: Machine) -> list[str]:
                                       "file": code | {"read-only": True}})]  # fmt: skip
         file = {"driver": "file", "filename": machine.nvram, "locking": "off"}
         words += ["-blockdev", _json({"driver": "raw", "node-name": "nvram", "file": file})]
-    words += ["-M", board]
-    if machine.accelerator == "kvm":
-        return [*words, "-accel", "kvm", "-cpu", "host"]
-    threads = "multi" if machine.vcpus > 1 else "single"
-    return [*words, "-accel", f"tcg,thread={threads},tb-size=128", "-cpu", BASELINE]
+    return [*words, "-M", board, *_processor(machine.accelerator, machine.vcpus)]
 
 
 def _node(machine: Machine, drive: Drive, number: int) -> dict[str, Any]:
