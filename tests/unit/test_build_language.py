@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bulkhead.build import expand
-from bulkhead.build.instructions import Copy, Run, parse
+from bulkhead.build.instructions import Arg, Copy, Run, parse
 from bulkhead.build.parser import parse as parse_text
-from bulkhead.build.stages import Scope, plan, unknown
+from bulkhead.build.stages import Plan, Scope, plan, unknown
 from bulkhead.build.text import DockerfileError, Position, Source, Spanned
 from bulkhead.errors import BulkheadError, Invalid
 from bulkhead.oci.image import Platform
@@ -15,7 +15,7 @@ from bulkhead.oci.image import Platform
 HOST = Platform("amd64", "linux")
 
 
-def planned(text: str, target: str = "", **arguments: str):
+def planned(text: str, target: str = "", **arguments: str) -> Plan:
     document = parse_text("Dockerfile", text.encode())
     return plan(document, arguments=arguments, target=target, build=HOST, platform=HOST)
 
@@ -178,7 +178,8 @@ def test_arguments() -> None:
     assert given.stages[0].base == "a:2.0"
     scope = Scope(given.globals_, {"V": "2", "http_proxy": "p"}, ["V=env"])
     for instruction in given.stages[0].instructions[:2]:
-        scope.declare(instruction, "\\")  # type: ignore[arg-type]
+        assert isinstance(instruction, Arg)
+        scope.declare(instruction, "\\")
     assert scope.names["V"] == "env"  # ENV wins
     assert scope.run_arguments() == {"X": "xenv"}
     assert scope.proxies() == {"http_proxy": "p"}
@@ -190,5 +191,6 @@ def test_predefined_arguments_must_be_declared() -> None:
     scope = Scope(made.globals_, {}, [])
     assert "TARGETARCH" not in scope.names
     for instruction in made.stages[0].instructions:
-        scope.declare(instruction, "\\")  # type: ignore[arg-type]
+        assert isinstance(instruction, Arg)
+        scope.declare(instruction, "\\")
     assert scope.names == {"TARGETARCH": "amd64"}
