@@ -14,6 +14,7 @@ from bulkhead.boundary import registry
 from bulkhead.boundary.seam import Boundary, Rootfs
 from bulkhead.engine import body, names, recovery, users
 from bulkhead.engine.building import Building
+from bulkhead.engine.confinement import confined
 from bulkhead.engine.control import Control
 from bulkhead.engine.events import Events
 from bulkhead.engine.execs import Execs
@@ -230,6 +231,7 @@ class Engine:
             extra_hosts=tuple(host.extra_hosts or ()),
             mac=config.mac_address or "",
             guest=record.boundary in registry.GUESTS,
+            confined=confined(record),
         )
 
     @staticmethod

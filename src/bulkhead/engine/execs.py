@@ -76,6 +76,7 @@ class Execs:
         request.cmd = command
         execution = Execution(workload, request)
         self._forget_old()
+        self._engine.networks.keep_apart(workload.id)
         self._all[execution.id] = execution
         workload.execs[execution.id] = execution
         self._emit(execution, f"exec_create: {' '.join(command)}")

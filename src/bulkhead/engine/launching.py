@@ -303,6 +303,7 @@ def _shared(engine: "Engine", record: Record) -> tuple[dict[str, str], str | Non
                 )
             shm = engine.shm_path(other.id)
         found[kind] = f"/proc/{other.record.pid}/ns/{kind}"
+        engine.networks.keep_apart(other.id)
     if record.host.ipc_mode == "shareable":
         shm = engine.make_shm(record)
     return found, shm

@@ -31,10 +31,13 @@ Prefix = IPv4Network | IPv6Network
 _NEWLINK, _DELLINK, _GETLINK, _SETLINK = 16, 17, 18, 19
 _NEWADDR, _DELADDR, _GETADDR = 20, 21, 22
 _NEWROUTE, _DELROUTE, _GETROUTE = 24, 25, 26
+_GETSTATS = 94
 IFF_UP = 1
 _LINK = struct.Struct("=BxHiII")
 _ADDRESS = struct.Struct("=BBBBI")
 _ROUTE = struct.Struct("=BBBBBBBBI")
+_STATS = struct.Struct("=BxxxII")
+_STATS_64 = struct.Struct("=8Q")
 
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO = 1, 3, 4, 10, 18
 _IFLA_NET_NS_FD, _IFLA_IFALIAS, _IFLA_AF_SPEC, _IFLA_PROTINFO = 28, 20, 26, 12
@@ -285,6 +288,16 @@ def link(netlink: Netlink, name: str) -> Link:
     """The interface called `name`; NetlinkError(ENODEV) if there is none."""
     body = _link(0, 0, 0, text(_IFLA_IFNAME, name))
     return _parse_link(netlink.request(Message(_GETLINK, 0, body, f"link {name}")).payload)
+
+
+def sent(netlink: Netlink) -> list[int]:
+    """For each interface of the namespace the packets that it has sent, or failed to send."""
+    head = _STATS.pack(socket.AF_UNSPEC, 0, 1)  # IFLA_STATS_LINK_64 (linux/if_link.h)
+    counts = []
+    for reply in netlink.dump(Message(_GETSTATS, 0, head, "list statistics")):
+        _, transmitted, _, _, _, errors, _, dropped = _STATS_64.unpack_from(reply.payload, 16)
+        counts.append(transmitted + errors + dropped)
+    return counts
 
 
 def _parse_link(payload: bytes) -> Link:

@@ -8,12 +8,14 @@ The engine writes both, reads the first when it starts again; the helper reads b
 
 import contextlib
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import msgspec
 
+from bulkhead.errors import Unsupported
 from bulkhead.home import Home
 from bulkhead.network import files
 from bulkhead.network.bridges import Active, Endpoint
@@ -21,6 +23,9 @@ from bulkhead.network.firewall import Redirect
 from bulkhead.network.inner import ADDRESS, GUEST_ADDRESS
 from bulkhead.network.model import AttachRequest, EndpointRequest, parse_port
 from bulkhead.network.ports import Published
+
+Sockets = list[tuple[str, socket.socket]]
+"""Sockets for the helper, each with its role."""
 
 
 class PortRecord(msgspec.Struct, frozen=True):
@@ -308,3 +313,18 @@ def pseudo_endpoint(network_id: str) -> dict[str, Any]:
         "IPAddress": "", "IPPrefixLen": 0, "IPv6Gateway": "", "GlobalIPv6Address": "",
         "GlobalIPv6PrefixLen": 0, "DNSNames": None,
     }  # fmt: skip
+
+
+def no_live_guest(made: Attached) -> None:
+    """Unsupported for a guest: what it has now stays so while it runs."""
+    if made.request.guest:
+        raise Unsupported(
+            f"{made.request.name} is a virtual machine that runs: its networks can be changed only "
+            "while it is stopped"
+        )
+
+
+def close_all(sockets: Sockets) -> None:
+    """Close sockets with their roles."""
+    for _, one in sockets:
+        one.close()

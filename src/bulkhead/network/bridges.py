@@ -65,11 +65,12 @@ class Active:
         pool = self.pools.get(version)
         return str(pool.gateway) if pool else ""
 
-    def leave(self, workload_id: str) -> Endpoint | None:
-        """Forget a workload's endpoint and give its addresses back."""
+    def leave(self, workload_id: str, *, keep: bool = False) -> Endpoint | None:
+        """Forget a workload's endpoint and, unless told to keep them, give its addresses back."""
         endpoint = self.endpoints.pop(workload_id, None)
         if endpoint is not None:
-            self.give(endpoint.ipv4, endpoint.ipv6)
+            if not keep:
+                self.give(endpoint.ipv4, endpoint.ipv6)
             self.idle_since = time.monotonic()
         return endpoint
 

@@ -9,11 +9,12 @@ Filling happens in a thread of its own, as unshare(2) moves the thread that call
 the first order and ends with the lobby, or when it is waited for.
 """
 
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
 from bulkhead.linux import netns
@@ -32,6 +33,8 @@ class Bare:
 
     netns: OwnedFd
     netlink: Netlink
+    cable: "Cable | None" = None
+    """How it hangs on the default bridge, if it came so."""
 
     def close(self) -> None:
         """Let go of it."""
@@ -135,6 +138,15 @@ class Lobby:
         self._taken = time.monotonic()
         return self._wired.popleft() if self._wired else None
 
+    def put_back(self, one: Wired) -> bool:
+        """Let a wired namespace wait again, if there is room; it is as it was when it was taken."""
+        waiting = len(self._wired) + sum(order is not None for order in self._ordered)
+        if waiting >= self._want_wired:
+            return False
+        one.bare.cable = one.cable = replace(one.cable, endpoint=os.urandom(32).hex())
+        self._wired.append(one)
+        return True
+
     def _rest_s(self, *, wired: bool) -> float:
         """How long filling can wait: 0 when little is left, or nobody takes any more."""
         if len(self._bare) < 2 or (wired and len(self._wired) < self._want_wired // 2):
@@ -205,7 +217,7 @@ class Lobby:
             except BaseException:
                 made.close()
                 raise
-            made.netlink.close()
+            made.cable = order
             self._wired.append(Wired(made, order))
         self._ordered.remove(order)
 

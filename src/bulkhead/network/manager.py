@@ -7,7 +7,6 @@ workload on the default bridge without ports costs one small file.
 
 import contextlib
 import os
-import socket
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -26,6 +25,7 @@ from bulkhead.network.helperlink import HelperLink
 from bulkhead.network.lobby import Lobby
 from bulkhead.network.model import Attachment, AttachRequest, EndpointRequest, Finding
 from bulkhead.network.records import Network
+from bulkhead.network.reuse import Lent
 from bulkhead.network.wiring import Wiring, default_routes
 
 # The class has a method called list.
@@ -33,7 +33,7 @@ _Shapes = list[dict[str, Any]]
 _Names = list[str]
 _Findings = list[Finding]
 _Processes = list[tuple[str, list[str], dict[str, str]]]
-Sockets = list[tuple[str, socket.socket]]
+Sockets = shapes.Sockets
 SETTLE_S = 2.0
 """How long the helper may take to close a port that is wanted again."""
 
@@ -47,6 +47,7 @@ class NetworkManager:
         self._bridges = Bridges(home, self._catalog.all)
         self._records = Records(home)
         self._lobby = Lobby()
+        self._lent = Lent(self._lobby)
         self._wiring = Wiring(self._catalog, self._bridges, self._lobby)
         self._link = HelperLink(home)
         self._attached: dict[str, Attached] = {}
@@ -163,6 +164,7 @@ class NetworkManager:
             raise Conflict(f"cannot join network of a non running container: {target}")
         if target in self._attached and self._attached[target].request.guest:
             raise Unsupported(f"the network of a virtual machine cannot be joined: {target}")
+        self._lent.drop(target)
         made = Attached(request, "container", target=target)
         self._attached[request.workload_id] = made
         self._records.write_first(made)
@@ -177,7 +179,7 @@ class NetworkManager:
             self._attached[workload_id] = made
             undo.callback(self._attached.pop, workload_id)
             sockets: Sockets = []
-            undo.callback(_close_all, sockets)
+            undo.callback(shapes.close_all, sockets)
             if request.ports or request.publish_all:
                 self._publish(made, sockets, undo)
             if self._needs_resolver(made):
@@ -191,7 +193,7 @@ class NetworkManager:
             undo.callback(self._namespaces.pop, workload_id)
             attachment = self._attachment(made, f"/proc/self/fd/{bare.netns.fileno()}")
             undo.pop_all()
-        bare.netlink.close()
+        self._lent.lend(made, bare)
         return attachment
 
     def _needs_resolver(self, made: Attached) -> bool:
@@ -313,15 +315,20 @@ class NetworkManager:
                 # Who joined its namespace keeps that alive, but not its addresses.
                 for endpoint in made.endpoints:
                     all_of_it.callback(self._wiring.unplug, endpoint)
+            waits = self._lent.take_back(made)
             for endpoint in made.endpoints:
                 active = self._bridges.active.get(endpoint.network)
                 if active is not None:
-                    all_of_it.callback(active.leave, workload_id)
+                    all_of_it.callback(active.leave, workload_id, keep=waits)
             if made.served:
                 all_of_it.callback(self._link.drop, workload_id)
             all_of_it.callback(self._bridges.unpublish, shapes.redirects(made))
 
     # -- while it runs
+
+    def keep_apart(self, workload_id: str) -> None:
+        """Others get at what is inside: its namespace is for nobody after it."""
+        self._lent.drop(workload_id)
 
     def connect(self, workload_id: str, network: str, endpoint: EndpointRequest) -> dict[str, Any]:
         """Put a running workload on one more network; its settings afterwards.
@@ -331,7 +338,7 @@ class NetworkManager:
         made = self._find(workload_id)
         if made.kind != "bridge":
             raise Denied(f"container cannot be connected to another network: it has {made.kind}")
-        _no_live_guest(made)
+        shapes.no_live_guest(made)
         if self._catalog.pseudo(network):
             raise Denied(f"container cannot be connected to network {network}")
         found = self._catalog.find(network)
@@ -362,7 +369,7 @@ class NetworkManager:
             if force:
                 return self.settings(workload_id)
             raise Denied(f"container {workload_id} is not connected to network {found.name}")
-        _no_live_guest(made)
+        shapes.no_live_guest(made)
         with self._namespace(workload_id) as namespace:
             self._wiring.unplug_live(made, endpoint, namespace)
         kept = {
@@ -415,7 +422,7 @@ class NetworkManager:
         kept, fresh = shapes.keep_ports(made, request)
         sockets: Sockets = []
         with contextlib.ExitStack() as undo:
-            undo.callback(_close_all, sockets)
+            undo.callback(shapes.close_all, sockets)
             trial = Attached(fresh, "bridge", endpoints=made.endpoints)
             if fresh.ports or fresh.publish_all:
                 self._publish(trial, sockets, undo)
@@ -453,6 +460,7 @@ class NetworkManager:
     @contextlib.contextmanager
     def _namespace(self, workload_id: str) -> Iterator[int]:
         """A descriptor of a workload's network namespace, for the time of a `with`."""
+        self._lent.drop(workload_id)
         held = self._namespaces.get(workload_id)
         if held is not None:
             yield held.fileno()
@@ -572,6 +580,7 @@ class NetworkManager:
 
     def close(self) -> None:
         """The engine ends: the lobby empties; what live workloads use stays, nothing else does."""
+        self._lent.close()
         self._lobby.close(self._wiring.spare)
         for held in self._namespaces.values():
             held.close()
@@ -584,16 +593,3 @@ class NetworkManager:
         else:
             self._link.forget()
         self._bridges.close()
-
-
-def _no_live_guest(made: Attached) -> None:
-    if made.request.guest:
-        raise Unsupported(
-            f"{made.request.name} is a virtual machine that runs: its networks can be changed only "
-            "while it is stopped"
-        )
-
-
-def _close_all(sockets: Sockets) -> None:
-    for _, one in sockets:
-        one.close()

@@ -70,6 +70,8 @@ class AttachRequest:
     mac: str = ""
     guest: bool = False
     """A virtual machine's: network/tap.py will turn the namespace into a guest's."""
+    confined: bool = False
+    """It shares nothing with others and may not change its network (see network/reuse.py)."""
 
     @classmethod
     def from_docker(
