@@ -1,10 +1,10 @@
 /* The file server of a guest: directories of the host, over the guest's channel, as FUSE.
  *
- *   bulkhead-files FD NODES ID=PATH:MS [ID=PATH:MS…]
+ *   bulkhead-files FD NODES ID=PATH:MS[o] [ID=PATH:MS[o]…]
  *
  * On the socket FD it is sent FUSE frames (frames.h) by the monitor and answers with FUSE_REPLY. ID
  * is the mount's, PATH the directory that it shows, MS for how long the guest may keep what it has
- * seen. NODES is how many files a guest may know at a time. It ends with the socket.
+ * seen; "o" is for one that nobody else writes: its locks are the guest's own affair. NODES is how many files a guest may know at a time. It ends with the socket.
  *
  * It runs in a jail with nothing but those directories and its own descriptors in /proc; what is
  * shown read-only is mounted read-only there. The guest is hostile: memory, descriptors and time
@@ -111,7 +111,8 @@ static void add_share(char *text)
         fail("usage: bulkhead-files FD NODES ID=PATH:MS...");
     *path++ = *ms++ = 0;
     struct share *share = &shares[share_count++];
-    *share = (struct share){.id = (uint32_t)strtoul(text, NULL, 10), .valid_ms = (uint32_t)strtoul(ms, NULL, 10)};
+    *share = (struct share){.id = (uint32_t)strtoul(text, NULL, 10), .valid_ms = (uint32_t)strtoul(ms, NULL, 10),
+                            .own = ms[strspn(ms, "0123456789")] == 'o'};
     int error = add_root(share, path);
     if (error)
         fail("%s: %s", path, strerror(error));

@@ -37,7 +37,7 @@ struct node {
 
 struct share {
     uint32_t id, valid_ms;
-    int greeted;
+    int greeted, own; /* own: nobody else writes it */
     uint64_t dev;
     struct node *root;
     struct buffer request;

@@ -23,6 +23,7 @@
 #define WANTED (FUSE_ASYNC_READ | FUSE_POSIX_LOCKS | FUSE_ATOMIC_O_TRUNC | FUSE_BIG_WRITES | FUSE_FLOCK_LOCKS \
                 | FUSE_AUTO_INVAL_DATA | FUSE_DO_READDIRPLUS | FUSE_READDIRPLUS_AUTO | FUSE_ASYNC_DIO \
                 | FUSE_PARALLEL_DIROPS | FUSE_MAX_PAGES | FUSE_HANDLE_KILLPRIV_V2)
+#define LOCKS (FUSE_POSIX_LOCKS | FUSE_FLOCK_LOCKS)
 #define SYNC_FLAGS (O_SYNC | O_DSYNC)
 
 static struct handle handles[HANDLES_MAX];
@@ -126,11 +127,14 @@ static int answer_entry(const struct request *r, struct node *parent, const char
     return 0;
 }
 
+static int bad_name; /* what to say of a name that is none */
+
 /* A name of one component at `at` of the payload, NULL if it is none; `*end` is behind it. */
 static const char *name_at(const struct request *r, size_t at, size_t *end)
 {
     const char *name = r->bytes + at;
     const char *zero = at < r->size ? memchr(name, 0, r->size - at) : NULL;
+    bad_name = zero && zero - name > NAME_MAX ? ENAMETOOLONG : EINVAL;
     if (!zero || zero == name || zero - name > NAME_MAX || memchr(name, '/', (size_t)(zero - name))
         || !strcmp(name, ".") || !strcmp(name, ".."))
         return NULL;
@@ -156,7 +160,7 @@ static int on_init(const struct request *r)
     if (in.major < 7 || (in.major == 7 && in.minor < 31))
         return EPROTO;
     out.max_readahead = in.max_readahead < IO_MAX ? in.max_readahead : IO_MAX;
-    out.flags = in.flags & WANTED;
+    out.flags = in.flags & WANTED & ~(uint32_t)(r->share->own ? LOCKS : 0);
     r->share->greeted = 1;
     answer(r->share, r->in->unique, 0, &out, sizeof out);
     return 0;
@@ -166,7 +170,7 @@ static int on_lookup(const struct request *r)
 {
     struct node *parent = directory(r, r->in->nodeid);
     const char *name = name_at(r, 0, NULL);
-    return !parent ? ESTALE : !name ? EINVAL : answer_entry(r, parent, name);
+    return !parent ? ESTALE : !name ? bad_name : answer_entry(r, parent, name);
 }
 
 static int on_getattr(const struct request *r)
@@ -312,7 +316,7 @@ static int on_mknod(const struct request *r)
     const char *name = name_at(r, sizeof in, NULL);
     int dir = parent ? node_fd(parent) : -ESTALE;
     if (dir < 0 || !name)
-        return dir < 0 ? -dir : EINVAL;
+        return dir < 0 ? -dir : bad_name;
     mode_t type = in.mode & S_IFMT;
     if (type != S_IFREG && type != S_IFIFO && type != S_IFSOCK)
         return EPERM;
@@ -330,7 +334,7 @@ static int on_mkdir(const struct request *r)
     const char *name = name_at(r, sizeof in, NULL);
     int dir = parent ? node_fd(parent) : -ESTALE;
     if (dir < 0 || !name)
-        return dir < 0 ? -dir : EINVAL;
+        return dir < 0 ? -dir : bad_name;
     if (mkdirat(dir, name, in.mode & 07777))
         return errno;
     int error = give(r, parent, -1, name, 0, 0);
@@ -344,7 +348,7 @@ static int on_symlink(const struct request *r)
     const char *name = name_at(r, 0, &end);
     int dir = parent ? node_fd(parent) : -ESTALE;
     if (dir < 0 || !name || end >= r->size || !memchr(r->bytes + end, 0, r->size - end))
-        return dir < 0 ? -dir : EINVAL;
+        return dir < 0 ? -dir : bad_name;
     if (symlinkat(r->bytes + end, dir, name))
         return errno;
     int error = give(r, parent, -1, name, 0, 1);
@@ -366,7 +370,7 @@ static int on_unlink(const struct request *r, int flags)
     struct node *parent = directory(r, r->in->nodeid);
     const char *name = name_at(r, 0, NULL);
     if (!parent || !name)
-        return parent ? EINVAL : ESTALE;
+        return parent ? bad_name : ESTALE;
     struct node *n = known(parent, name);
     if (n)
         pin_node(n);
@@ -380,7 +384,7 @@ static int rename_to(const struct request *r, uint64_t newdir, unsigned flags, s
     struct node *from = directory(r, r->in->nodeid), *to = directory(r, newdir);
     const char *name = name_at(r, at, &end), *new_name = name ? name_at(r, end, NULL) : NULL;
     if (!from || !to || !new_name)
-        return !from || !to ? ESTALE : EINVAL;
+        return !from || !to ? ESTALE : bad_name;
     if (flags & ~(unsigned)(RENAME_NOREPLACE | RENAME_EXCHANGE))
         return EINVAL;
     struct node *n = known(from, name), *other = known(to, new_name);
@@ -405,7 +409,7 @@ static int on_link(const struct request *r)
     struct node *parent = directory(r, r->in->nodeid), *n = find_node(r->share, in.oldnodeid);
     const char *name = name_at(r, sizeof in, NULL);
     if (!parent || !n || !name || n->type == S_IFDIR)
-        return !name ? EINVAL : n && n->type == S_IFDIR ? EPERM : ESTALE;
+        return !name ? bad_name : n && n->type == S_IFDIR ? EPERM : ESTALE;
     int fd = node_fd(n);
     snprintf(number, sizeof number, "%d", fd);
     int dir = fd < 0 ? fd : node_fd(parent);
@@ -458,7 +462,7 @@ static int on_create(const struct request *r)
     const char *name = name_at(r, sizeof in, NULL);
     int dir = parent ? node_fd(parent) : -ESTALE, error = 0;
     if (dir < 0 || !name)
-        return dir < 0 ? -dir : EINVAL;
+        return dir < 0 ? -dir : bad_name;
     int flags = (int)in.flags & (O_ACCMODE | SYNC_FLAGS);
     int fd = openat(dir, name, flags | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, in.mode & 07777);
     int made = fd >= 0;
@@ -550,6 +554,8 @@ static int on_flush(const struct request *r)
     struct fuse_flush_in in;
     memcpy(&in, r->bytes, sizeof in);
     struct handle *h = find_handle(r->share, in.fh);
+    if (r->share->own)
+        return ENOSYS; /* there are no locks to end: do not ask any more */
     if (!h)
         return EBADF;
     end_locks(r->share, h->node->id, in.lock_owner);

@@ -22,10 +22,10 @@ OPTIONS = "allow_other,default_permissions"
 
 
 def server(
-    sock: socket.socket, sources: Sequence[Path], *, valid_ms: int, native: str | None = None
+    sock: socket.socket, sources: Sequence[Path], *, valid: str, native: str | None = None
 ) -> "subprocess.Popen[bytes]":
     """`bulkhead-files` on `sock`, without a jail."""
-    shares = [f"{FIRST + n}={path}:{valid_ms}" for n, path in enumerate(sources)]
+    shares = [f"{FIRST + n}={path}:{valid}" for n, path in enumerate(sources)]
     return subprocess.Popen(
         [program_path("bulkhead-files", native), str(sock.fileno()), "100000", *shares],
         pass_fds=[sock.fileno()],
@@ -41,7 +41,7 @@ class Files:
         script: str,
         sources: Sequence[Path],
         *,
-        valid_ms: int = 0,
+        valid: str = "0",
         native: str | None = None,
     ) -> None:
         folder.mkdir(exist_ok=True)
@@ -55,7 +55,7 @@ class Files:
             ours, theirs = socket.socketpair()
             undo.enter_context(ours)
             undo.enter_context(theirs)
-            self.server = server(theirs, sources, valid_ms=valid_ms, native=native)
+            self.server = server(theirs, sources, valid=valid, native=native)
             self.monitor = Monitor(
                 folder,
                 mounts + main_frames(simple("sh", "-ec", text)),

@@ -38,9 +38,10 @@ MOST = 48
 """Sources of one guest; the server's own limit is higher."""
 OVERHEAD = 48 << 20
 """Bytes that a server may use at most, without what the host caches of files."""
-_SHARED_MS = 250
-"""For how long a guest may believe what it has seen of files that others may change."""
-_OWN_MS = 5000
+_SHARED = "250"
+"""For how long, in ms, a guest may believe what it has seen of files that others may change."""
+_OWN = "5000o"
+"""Likewise of those that nobody else writes, whose locks are its own affair (files.c)."""
 _NODES = 1 << 17
 _FILES = 20480
 """Descriptors of a server: for open files, locks, and some 2000 for what was looked up."""
@@ -55,7 +56,7 @@ _PROC = Mount("/proc", "proc", "proc", [*_FLAGS, "ro", "subset=pid"])
 class _Source:
     path: str
     directory: bool
-    valid_ms: int
+    valid: str
     recursive: bool = False
     writable: bool = False
 
@@ -87,7 +88,7 @@ class Shares:
         if found is None:
             own = mount.source in self.bundle.exclusive
             found = self._found[mount.source] = _Source(
-                mount.source, _is_directory(mount.source), _OWN_MS if own else _SHARED_MS
+                mount.source, _is_directory(mount.source), _OWN if own else _SHARED
             )
         found.recursive |= options.recursive_bind
         found.writable |= writable
@@ -135,7 +136,7 @@ class Shares:
 
     def _spec(self, skeleton: str) -> Spec:
         shares = [
-            f"{plan.FIRST_SHARE + number}=/run/{number}:{source.valid_ms}"
+            f"{plan.FIRST_SHARE + number}=/run/{number}:{source.valid}"
             for number, source in enumerate(self._found.values())
         ]
         found = [_PROC, Mount("/run", skeleton, "bind", ["bind", "ro", *_FLAGS])]
