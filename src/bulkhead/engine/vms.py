@@ -195,12 +195,14 @@ async def import_(
                 await engine.blocking(partial(copy_sparse, source, f"{folder}/readable"))
                 source = f"{folder}/readable"
                 os.chmod(source, 0o644)
-            detected = await engine.blocking(lambda: foreign.detect(source))
+            format_ = foreign.format_named(kind) if kind else ""
+            if format_ != "raw":  # whose bytes are the disk, whatever they look like
+                detected = await engine.blocking(partial(foreign.detect, source))
+                if format_ and detected != format_:
+                    raise Invalid(f"{path} is {detected}, not {kind}")
+                format_ = detected
         except OSError as error:
             raise Invalid(f"cannot read {path}: {error.strerror}") from error
-        format_ = foreign.format_named(kind) if kind else detected
-        if kind and format_ != detected and detected != "raw" and format_ != "raw":
-            raise Invalid(f"{path} is {detected}, not {kind}")
         size = await tool.size(source, format_)
         await tool.convert(source, format_, f"{folder}/{files.DISK}")
         made = files.Image(
