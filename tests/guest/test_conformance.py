@@ -4,6 +4,7 @@ A boundary that cannot run here is skipped with the reason that its own report g
 one row, each boundary one column.
 """
 
+import contextlib
 import functools
 import io
 import os
@@ -37,6 +38,8 @@ CONFINED = "CapBnd|NoNewPrivs|Seccomp:"
 
 GVISOR = "sandbox:gvisor"
 """The sandbox boundary with its second kernel: a column of its own."""
+KERNELS = frozenset({"microvm", "vm"})
+"""Boundaries that boot the distribution's cloud kernel."""
 COLUMNS = (*registry.names(), GVISOR)
 
 _NOT_IN_GVISOR = {
@@ -56,7 +59,7 @@ def _unusable(name: str) -> str:
     if shutil.which("busybox") is None:
         return "busybox-static is not installed"
     home = Home("/nonexistent", "/nonexistent")
-    if name == "microvm":
+    if name in KERNELS:
         reason = guest_kernel.missing()
         if reason:
             return reason
@@ -94,7 +97,7 @@ def boundary(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def rig(boundary: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     directory = tmp_path_factory.mktemp(boundary.replace(":", "-"))
-    if boundary == "microvm":
+    if boundary in KERNELS:
         guest_kernel.provide(directory / "root")
     with residue(str(directory)), rigs.engine(directory) as made:
         rigs.load_busybox(made)
@@ -121,7 +124,8 @@ def start(rig: Rig, boundary: str) -> Iterator[Start]:
 
     yield begin
     for name in made:
-        rig.call("workload.remove", id=name, force=True, volumes=True)
+        with contextlib.suppress(NotFound):
+            rig.call("workload.remove", id=name, force=True, volumes=True)
 
 
 def say(rig: Rig, name: str) -> str:
@@ -586,6 +590,27 @@ def test_a_published_port_is_reached_from_the_host(rig: Rig, start: Start) -> No
     until(lambda: answer() == b"page\n", "the port answers")
 
 
+def test_addresses_of_version_six(rig: Rig, start: Start) -> None:
+    rig.call("network.create", Name="six", EnableIPv6=True)
+    start("six-server", "echo six > /page; while :; do nc -l -p 80 < /page; done",
+          NetworkMode="six")  # fmt: skip
+    settings = rig.call("workload.inspect", id="six-server")["NetworkSettings"]["Networks"]["six"]
+    address = settings["GlobalIPv6Address"]
+    start("six-asker", "sleep 1000", NetworkMode="six")
+    for target in (address, "six-server"):
+        until(
+            functools.partial(_answers, rig, "six-asker", f"nc -w 2 {target} 80 < /dev/null"),
+            f"{target} answers",
+        )
+    for name in ("six-asker", "six-server"):
+        rig.call("workload.remove", id=name, force=True)
+    rig.call("network.remove", name="six")
+
+
+def _answers(rig: Rig, name: str, command: str) -> bool:
+    return rigs.execute(rig, name, ["sh", "-c", command])[1] == b"six\n"
+
+
 def test_without_a_network_there_is_only_lo(run: Run) -> None:
     done = run(["ls", "/sys/class/net"], NetworkMode="none")
     assert done.out.split() == [b"lo"]
@@ -637,7 +662,7 @@ def test_what_a_guest_cannot_have_is_refused(
 
 
 def test_a_report_says_what_is_there(boundary: str, tmp_path: Path) -> None:
-    if boundary == "microvm":
+    if boundary in KERNELS:
         guest_kernel.provide(tmp_path)
     services = registry.Services(Home(str(tmp_path), str(tmp_path)), None)  # type: ignore[arg-type]
     report = probe(boundary, services)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "/usr/bin/linux.uml"
 INITRAMFS = "/boot/initramfs"
+IPV6 = "ipv6"
+"""A module of user-mode-linux, loaded where it is needed."""
 MODULES = ("erofs", "overlay", "fuse")
 CHANNEL_FD = 9
 FIRST_TAP_FD = 11
@@ -136,8 +138,10 @@ class SandboxBoundary(GuestBoundary):
             )
         uid = uid_of(bundle.id)
         disks.make_disk(self.home, disk, bundle.rootfs.disk_size, uid=uid)
+        six = any(":" in address for nic in bundle.nics for address in nic.addresses)
+        wanted = (*MODULES, IPV6) if six else MODULES
         ramdisk = initramfs.build(
-            self.home, native_program("bulkhead-guest"), kernel.module_files(MODULES)
+            self.home, native_program("bulkhead-guest"), kernel.module_files(wanted)
         )
         root = self.roots.make(
             "sandbox",
