@@ -2,31 +2,31 @@
 
 Progress goes to a callback as Docker's JSON messages ({"status", "id", "progressDetail"} or
 {"stream"}). A callback that raises aborts the operation, which leaves nothing half-named behind.
+
+What talks to registries (urllib3, ssl, http) is imported when it is first needed: a tenth of the
+engine's memory, which many an engine never uses.
 """
 
 import os
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from bulkhead.errors import Invalid, NotFound
 from bulkhead.home import Home
-from bulkhead.images import archive_read, archive_write, describe, filters, remote, removal
-from bulkhead.images.bootstrap import Request, bootstrap
+from bulkhead.images import archive_read, archive_write, describe, filters, removal
 from bulkhead.images.catalog import Catalog, Image
 from bulkhead.images.commit import commit, import_root
-from bulkhead.images.fetch import exact
 from bulkhead.images.names import Names
 from bulkhead.images.origins import Origins
 from bulkhead.images.progress import Progress, silent
-from bulkhead.images.pull import Pull
-from bulkhead.images.push import Push
 from bulkhead.oci.reference import DEFAULT_DOMAIN, parse
-from bulkhead.registry.client import Repository, login
-from bulkhead.registry.config import Registries
-from bulkhead.registry.credentials import from_auth
-from bulkhead.registry.waiting import Cancel, Clock
 from bulkhead.store.content import ContentStore
+
+if TYPE_CHECKING:
+    from bulkhead.registry.client import Repository
+    from bulkhead.registry.config import Registries
+    from bulkhead.registry.waiting import Cancel, Clock
 
 List = list
 Auth = Mapping[str, Any] | None
@@ -42,8 +42,8 @@ class ImageService:
         home: Home,
         store: ContentStore,
         *,
-        registries: Registries | None = None,
-        clock: Clock | None = None,
+        registries: "Registries | None" = None,
+        clock: "Clock | None" = None,
         keep_blobs: bool = True,
     ) -> None:
         """`registries`: instead of the configuration file; `keep_blobs`: of pulled layers."""
@@ -150,7 +150,10 @@ class ImageService:
 
     # --- registries
 
-    def _repository(self, ref: str, auth: Auth, cancel: Cancel | None) -> Repository:
+    def _repository(self, ref: str, auth: Auth, cancel: "Cancel | None") -> "Repository":
+        from bulkhead.registry.client import Repository
+        from bulkhead.registry.credentials import from_auth
+
         return Repository(
             parse(ref), from_auth(auth), config=self._registries, cancel=cancel, clock=self._clock
         )
@@ -161,12 +164,14 @@ class ImageService:
         platform: str | None = None,
         auth: Auth = None,
         progress: Progress = silent,
-        cancel: Cancel | None = None,
+        cancel: "Cancel | None" = None,
     ) -> Image:
         """Pull `ref` for `platform` ("os/arch[/variant]"; "all": every one; None: this machine's).
 
         `cancel` ends it from another thread. NotFound, Denied, Unavailable, Corrupt.
         """
+        from bulkhead.images.pull import Pull
+
         with self._repository(ref, auth, cancel) as repository:
             pull = Pull(self.catalog, self.origins, repository, progress, self._keep_blobs)
             return pull.run(parse(ref), platform)
@@ -177,7 +182,7 @@ class ImageService:
         platform: str | None = None,
         auth: Auth = None,
         progress: Progress = silent,
-        cancel: Cancel | None = None,
+        cancel: "Cancel | None" = None,
     ) -> List[Image]:
         """Pull every tag of the repository `ref`, one after the other."""
         wanted = parse(ref)
@@ -194,9 +199,11 @@ class ImageService:
         ref: str,
         auth: Auth = None,
         progress: Progress = silent,
-        cancel: Cancel | None = None,
+        cancel: "Cancel | None" = None,
     ) -> str:
         """Push the image named `ref` (tag "latest" by default); the digest at the registry."""
+        from bulkhead.images.push import Push
+
         with self._repository(ref, auth, cancel) as repository:
             return Push(self.catalog, self.origins, repository, progress).run(parse(ref))
 
@@ -205,7 +212,7 @@ class ImageService:
         ref: str,
         auth: Auth = None,
         progress: Progress = silent,
-        cancel: Cancel | None = None,
+        cancel: "Cancel | None" = None,
     ) -> List[str]:
         """Push every tag of the repository `ref`."""
         reference = parse(ref)
@@ -223,6 +230,8 @@ class ImageService:
 
     def distribution(self, ref: str, auth: Auth = None) -> dict[str, Any]:
         """What the registry says of `ref`: descriptor and platforms; nothing is pulled."""
+        from bulkhead.images import remote
+
         with self._repository(ref, auth, None) as repository:
             return remote.distribution(repository, parse(ref))
 
@@ -230,10 +239,16 @@ class ImageService:
         self, term: str, limit: int, wanted: Mapping[str, Sequence[str]], auth: Auth = None
     ) -> List[dict[str, Any]]:
         """What a registry's index finds."""
+        from bulkhead.images import remote
+        from bulkhead.registry.credentials import from_auth
+
         return remote.search(term, limit, wanted, from_auth(auth), self._registries)
 
     def login(self, auth: Mapping[str, Any]) -> None:
         """Show `auth` to its "serveraddress" (none: Docker Hub); Denied if it is refused."""
+        from bulkhead.registry.client import login
+        from bulkhead.registry.credentials import from_auth
+
         server = str(auth.get("serveraddress") or DEFAULT_DOMAIN)
         domain = server.partition("://")[2] if "://" in server else server
         domain = domain.partition("/")[0]
@@ -256,6 +271,8 @@ class ImageService:
         """Write an archive of the images `refs` to `out`: "docker" or "oci"."""
 
         def fetch(digest: str, size: int, diff_id: str) -> Generator[bytes, None, None]:
+            from bulkhead.images.fetch import exact
+
             return exact(self.store, self.origins, digest, size, diff_id, config=self._registries)
 
         archive_write.save(self.catalog, [*refs], out, format_, fetch)
@@ -315,6 +332,8 @@ class ImageService:
         The lock file `lock` is used if it exists, else written; without one a fresh lock goes to
         ROOT/bootstrap/. Unsupported without mmdebstrap.
         """
+        from bulkhead.images.bootstrap import Request, bootstrap
+
         path = lock
         if path is None:
             path = self.home.in_root("bootstrap", f"{name.replace('/', '_')}.lock.json")
