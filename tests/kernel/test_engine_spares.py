@@ -103,3 +103,11 @@ def test_a_workload_with_rm_can_be_restarted(rig: Rig) -> None:
         "it has run twice",
     )
     rig.call("workload.remove", id=identity, force=True)
+
+
+def test_spares_serve_workloads_with_a_user_namespace(rig: Rig) -> None:
+    _run(rig)
+    for _ in range(3):
+        done = rigs.run(rig, ["id", "-u"], UsernsMode="auto")
+        assert (done.code, done.out) == (0, b"0\n")
+        until(lambda: _spares(rig), "there are spares")

@@ -269,6 +269,8 @@ class Container:
             if fd is not None:
                 made[f"mount{position}"] = fd
                 undo.callback(fd.close)
+        if self._ready is not None:
+            await _in_thread(self._ready.drop_root)
         made["root"] = await _in_thread(_mapped_root, bundle, made["userns"])
         return made
 

@@ -14,6 +14,7 @@ from bulkhead.boundaries.container_process import FdTable, Filter
 from bulkhead.boundary.seam import Rootfs
 from bulkhead.errors import Invalid, Unsupported
 from bulkhead.isolation import (
+    binfmt,
     credentials,
     idmap,
     mounts,
@@ -268,6 +269,10 @@ class _Planner:
             tree.made(mount.destination, made)
         elif mount.type_ in ("cgroup", "cgroup2"):
             self._cgroup(tree, mount)
+        elif mount.type_ == binfmt.TYPE:
+            options, texts = binfmt.split(mount.options)
+            place = mounts.plan_new(tree, Mount(mount.destination, "", mount.type_, options))
+            binfmt.plan_register(self.program, place, texts)
         else:
             self._new(tree, mount)
 

@@ -18,6 +18,7 @@ from bulkhead.isolation import mounts
 from bulkhead.isolation.cgroups import manager as cgroups
 from bulkhead.isolation.cgroups.group import Group
 from bulkhead.linux import mounts as kernel
+from bulkhead.linux import overlayfs
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.oci.runtime import Mount, Resources
 
@@ -36,6 +37,14 @@ class Reserved:
     rootfs: Rootfs | None = None
     root: OwnedFd | None = None
     """`rootfs`, mounted nowhere yet."""
+
+    def drop_root(self) -> None:
+        """Unmount the root: its directories are wanted for one with mapped ids."""
+        if self.root is not None:
+            self.root.close()
+            self.root = None
+        if self.rootfs is not None and self.rootfs.work is not None:
+            overlayfs.forget_volatile(self.rootfs.work)
 
     def close(self) -> None:
         """Close the descriptors; the group stays."""

@@ -6,7 +6,17 @@ import time
 from typing import TYPE_CHECKING
 
 from bulkhead.boundary import registry
-from bulkhead.engine import body, guests, merge, mountpoints, names, options, platforms, security
+from bulkhead.engine import (
+    body,
+    emulation,
+    guests,
+    merge,
+    mountpoints,
+    names,
+    options,
+    platforms,
+    security,
+)
 from bulkhead.engine.records import MountPoint, Record, Workload
 from bulkhead.errors import Invalid, NotFound
 from bulkhead.images.catalog import Image
@@ -74,6 +84,7 @@ def _checked(
     record = _record(engine, request, image, kind)
     record.kernel = kernel
     guests.check(record)
+    warnings += emulation.choose(record, image, asked=bool(request.platform))
     engine.reservations.check_processors(record)
     record.name = _name(engine, name)
     return record, warnings

@@ -112,7 +112,7 @@ async def _delete(instance: object) -> None:
 def _directories(engine: "Engine", record: Record, lowers: tuple[str, ...]) -> Rootfs:
     home = engine.home.workload(record.id)
     make_directories(engine.home, record.id)
-    if not record.host.userns_mode or record.host.userns_mode == "host":
+    if not record.mapped:
         lowers = (*lowers, *engine.builds.points(record.id), points(engine.home))
     # What a reboot deletes need not be written back when it is unmounted.
     volatile = record.host.auto_remove or record.building

@@ -87,11 +87,18 @@ class Record(msgspec.Struct, omit_defaults=True):
     """A step of a build: read when it has ended, then removed."""
     pinned: str = ""
     """Processors of its own, by a reservation of whole ones."""
+    emulated: str = ""
+    """The architecture of its programs, if it is another machine's."""
 
     @property
     def durable(self) -> bool:
         """Whether this record is to survive a loss of power: not when a reboot deletes it."""
         return not (self.host.auto_remove or self.building)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether it has a user namespace of its own."""
+        return bool(self.emulated) or self.host.userns_mode not in {"", "host"}
 
     @property
     def policy(self) -> str:

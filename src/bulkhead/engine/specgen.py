@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bulkhead.boundary import registry
-from bulkhead.engine import body, specgen_limits, specgen_mounts
+from bulkhead.engine import body, emulation, specgen_limits, specgen_mounts
 from bulkhead.engine.records import Record
 from bulkhead.engine.security import Security, parse
 from bulkhead.engine.users import Identity
@@ -114,7 +114,7 @@ def id_mappings(mode: str) -> list[oci.IDMapping]:
 def _namespaces(record: Record, facts: Facts) -> list[oci.Namespace]:
     host = record.host
     found = [oci.Namespace(type_="mount")]
-    if id_mappings(host.userns_mode):
+    if record.mapped:
         found.append(oci.Namespace(type_="user"))
     if facts.netns is not None:
         found.append(oci.Namespace(type_="network", path=facts.netns))
@@ -139,6 +139,8 @@ def _linux(record: Record, facts: Facts, security: Security, granted: list[str])
         elif chosen is not None:
             filter_ = profile.resolve(chosen, capabilities=frozenset(granted))
     mapping = id_mappings(host.userns_mode)
+    if record.emulated and not mapping:
+        mapping = emulation.mappings()
     sysctls = dict(host.sysctls or {})
     if facts.netns is not None and not host.network_mode.startswith("container:"):
         # Docker's: ports below 1024 and ping need no privilege inside a network of one's own.
@@ -176,6 +178,7 @@ def _mounts(record: Record, facts: Facts) -> list[oci.Mount]:
     host = record.host
     base = specgen_mounts.defaults(host, host_network=facts.netns is None)
     base += specgen_mounts.shm(host, facts.shared_shm)
+    base += emulation.mounts(record)
     mode = "ro" if host.readonly_rootfs else "rw"
     for place, source in facts.files.items():
         base.append(
