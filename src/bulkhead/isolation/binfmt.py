@@ -10,6 +10,7 @@ import functools
 import os
 import shutil
 from dataclasses import dataclass
+from typing import Literal
 
 from bulkhead.errors import Unsupported
 from bulkhead.linux import elf
@@ -51,7 +52,7 @@ MACHINES = {
 
 def registration(machine: Machine, interpreter: str) -> str:
     """What is written to `register` so that `interpreter` runs the programs of `machine`."""
-    order = "little" if machine.little else "big"
+    order: Literal["little", "big"] = "little" if machine.little else "big"
     head = b"\x7fELF" + bytes([2 if machine.wide else 1, 1 if machine.little else 2, 1, 0])
     magic = head + bytes(8) + (2).to_bytes(2, order) + machine.number.to_bytes(2, order)
     # Any system's ABI, and both kinds of programs: ET_EXEC is 2, ET_DYN 3.
