@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from bulkhead.boundary import registry
 from bulkhead.boundary.seam import Boundary, Rootfs
+from bulkhead.depot import links
 from bulkhead.engine import body, names, recovery, users
 from bulkhead.engine.building import Building
 from bulkhead.engine.confinement import confined
@@ -337,7 +338,7 @@ class Engine:
         """Configurations and layers of the workloads there are, whatever became of their names."""
         records = [workload.record for workload in self.workloads]
         held = {d for record in records for d in (record.image_id, *record.diff_ids)}
-        return held | self.builds.held()
+        return held | self.builds.held() | links.held(self.home.in_root("registry"))
 
     def running_names(self) -> list[str]:
         """Short ids of the workloads that run."""

@@ -1,0 +1,1 @@
+"""A registry of our own: the OCI distribution specification over the content store."""
