@@ -39,7 +39,7 @@
 #define STACK_ROOM (4ull << 20)
 #define KERNEL_MAPS 8
 
-static struct image image;
+static _Alignas(4096) struct image image;
 static struct { int to, from; } given[IMAGE_FDS];
 static unsigned given_count;
 static struct map_line kernel_map[KERNEL_MAPS];
@@ -163,6 +163,21 @@ static void sort_descriptors(void)
             close(high[i]);
 }
 
+/* What this process is called is on a stack that will be gone: move it. A kernel that does not let
+ * us shows no name. */
+static void keep_name(int argc, char **argv)
+{
+    static char words[4096];
+    size_t size = 0;
+    for (int i = 0; i < argc && size + strlen(argv[i]) + 1 <= sizeof words; i++)
+        size += (size_t)(stpcpy(words + size, argv[i]) - (words + size)) + 1;
+    uint64_t low = (uint64_t)words, high = (uint64_t)words + size, end = (uint64_t)sbrk(0);
+    struct prctl_mm_map map = {.start_code = low, .end_code = high, .start_data = low, .end_data = high,
+                               .start_brk = end, .brk = end, .start_stack = low, .arg_start = low,
+                               .arg_end = high, .env_start = high, .env_end = high, .exe_fd = (uint32_t)-1};
+    prctl(PR_SET_MM, PR_SET_MM_MAP, &map, sizeof map, 0);
+}
+
 /* What QEMU's own filter forbids, and the captured process had no need to load: new programs and
  * processes. Everything else is the jail's filter's. */
 static void forbid(void)
@@ -270,11 +285,12 @@ static _Noreturn void live(void)
         if (made < 0)
             lost("its threads", made);
     }
-    const struct image_thread *main = &image.thread[0];
-    uint64_t tid = main->fs + image.tid_offset;
+    struct image_thread main = image.thread[0];
+    uint64_t tid = main.fs + image.tid_offset;
     *(volatile int *)tid = (int)raw(SYS_set_tid_address, tid, 0, 0);
-    raw(SYS_arch_prctl, 0x1002, main->fs, 0); /* ARCH_SET_FS */
-    return_to(main->context);
+    raw(SYS_arch_prctl, 0x1002, main.fs, 0); /* ARCH_SET_FS */
+    raw(SYS_madvise, &image, sizeof image, MADV_DONTNEED);
+    return_to(main.context);
 }
 
 int main(int argc, char **argv)
@@ -295,6 +311,7 @@ int main(int argc, char **argv)
     prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0); /* a changed byte is to cost a page, not two megabytes */
     prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0);
     prctl(PR_SET_NAME, "qemu", 0, 0, 0);
+    keep_name(argc, argv);
     forbid();
     sigset_t all;
     sigfillset(&all);

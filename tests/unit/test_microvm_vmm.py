@@ -50,11 +50,10 @@ def test_a_machine_has_the_fewest_devices() -> None:
 
 
 def test_cards_and_disks_have_their_places() -> None:
-    disks = (qemu.Disk("/disks/0", True), qemu.Disk("/disks/1", False))
+    disks = (qemu.Disk("/disks/0", True), qemu.Disk("/disks/1", False), None)
     machine = qemu.Machine(
-        "/kernel", "/initramfs", 9, disks, cards=(qemu.Card(11, "02:00:00:00:00:01"),),
-        placeholders=3,
-    )  # fmt: skip
+        "/kernel", "/initramfs", 9, disks, cards=(qemu.Card(11, "02:00:00:00:00:01"),)
+    )
     words = qemu.argv(machine)
     assert option(words, "-netdev") == ["tap,id=net0,fd=11"]
     first, second, empty = option(words, "-blockdev")

@@ -15,7 +15,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bulkhead.boundaries import microvm_syscalls
@@ -29,13 +29,15 @@ from bulkhead.boundaries.guest.instance import (
     native_program,
 )
 from bulkhead.boundaries.jail import Jail, JailRoot, jail_bundle, uid_of
-from bulkhead.boundaries.vmm import qemu, templates
+from bulkhead.boundaries.vmm import images, qemu, templates, training
 from bulkhead.boundaries.vmm.acceleration import acceleration, tsc_khz
 from bulkhead.boundary.registry import Services
 from bulkhead.boundary.seam import Bundle, Launcher, Missing, Report, Rootfs, Stdio
 from bulkhead.errors import BulkheadError, Conflict, Invalid, Unsupported
 from bulkhead.home import Home
+from bulkhead.linux import netns
 from bulkhead.linux.fds import OwnedFd
+from bulkhead.linux.tap import open_tap
 from bulkhead.oci.runtime import Device, Linux, Spec
 
 KERNEL = "/boot/kernel"
@@ -50,10 +52,9 @@ FIRST_TAP_FD = 11
 DEFAULT_MEMORY = 256 << 20
 OVERHEAD = 160 << 20
 """Bytes of QEMU itself, its translated code and the monitor."""
-_FEW = 8
-"""Disks of most templates; one for more layers has all there is room for."""
 _NO_ADDRESS = "02:00:00:00:00:00"
 _FORGET_S = 30.0
+_SCRATCH = 64 << 20
 _TRANSLATOR = "/usr/lib/*/qemu/accel-tcg-x86_64.so"
 _TASKS = 80
 """QEMU's threads: one per processor, and up to 64 that do its disks' work."""
@@ -66,7 +67,7 @@ class MicrovmBoundary(GuestBoundary):
 
     def __init__(self, services: Services) -> None:
         super().__init__(services)
-        self.templates = templates.Templates()
+        self.templates = templates.Templates(services.home)
 
     def probe(self) -> Report:
         """Whether the parts are there; that they work is seen at the first start."""
@@ -113,13 +114,16 @@ class MicrovmBoundary(GuestBoundary):
         )
 
     async def ready(self, bundle: Bundle) -> None:
-        """Have a template to clone from, unless the machine is too unusual for one."""
+        """Have a template to clone from."""
         parts = await asyncio.to_thread(self._parts, bundle)
-        if parts.key is not None:
-            maker = TemplateMaker(self.home, self.container, self.launcher)
-            await self.templates.ensure(
-                parts.key, parts.later, functools.partial(maker.boot, bundle, parts)
-            )
+        maker = TemplateMaker(self.home, self.container, self.launcher)
+        cards = parts.key.cards
+        writable, readonly = (_device(cards, place) for place in (0, qemu.WRITABLE))
+        await self.templates.ensure(
+            parts.key,
+            lambda: training.lesson(parts.later, cards, writable, readonly),
+            functools.partial(maker.boot, bundle, parts),
+        )
 
     def prepare(self, bundle: Bundle, *, terminal: bool) -> Prepared:
         """Everything the machine is made of."""
@@ -128,33 +132,15 @@ class MicrovmBoundary(GuestBoundary):
         if disk is None:
             raise Unsupported("a microVM needs a place for its disk")
         disks.make_disk(self.home, disk, bundle.rootfs.disk_size, uid=uid_of(bundle.id))
-        files = [(path, False) for path in layers] + [(disk, True)]
-        cards = len(bundle.nics)
-        template = self.templates.find(parts.key) if parts.key is not None else None
-        names = qemu.disk_names(len(files))
-        described = plan.Machine(
-            modules=parts.later if template is None else (),
-            devices=() if template is None else _devices(cards, len(files)),
-            layers=tuple(names[:-1]),
-            upper=names[-1],
-            interfaces=tuple(f"eth{number}" for number in range(cards)),
+        volumes = plan.volume_disks(bundle, str).files
+        files = [(path, False) for path in layers] + [(disk, True), *volumes]
+        parts = dataclasses.replace(
+            parts, jail=dataclasses.replace(parts.jail, disks=files, terminal=terminal)
         )
-        machine = _machine(bundle, parts)
+        template = self.templates.find(parts.key)
         if template is None:
-            made = dataclasses.replace(parts.jail, disks=files, args=qemu.argv(machine))
-            return Prepared(_with_terminal(made, terminal), described)
-        clone = templates.clone(template, FIRST_TAP_FD + cards)
-        machine = dataclasses.replace(
-            machine,
-            placeholders=parts.key.disks if parts.key is not None else 0,
-            memory_file=clone.memory_file,
-            control_fd=clone.control_fd,
-            incoming=True,
-        )
-        made = dataclasses.replace(
-            parts.jail, disks=files, args=qemu.argv(machine), mounts=[templates.PROC]
-        )
-        return Prepared(_with_terminal(made, terminal), described, ("--clone",), clone.fds)
+            return _booted(bundle, parts)
+        return _cloned(bundle, parts, template)
 
     def _parts(self, bundle: Bundle) -> "Parts":
         kernel = _kernel(self, bundle.kernel)
@@ -170,6 +156,7 @@ class MicrovmBoundary(GuestBoundary):
         modules = kernel.module_files((*EARLY, *MODULES))
         ramdisk = initramfs.build(self.home, native_program("bulkhead-guest"), modules, early=early)
         programs = {qemu.BINARY: qemu.BINARY, MONITOR: native_program("bulkhead-monitor")}
+        programs[images.THAW] = native_program("bulkhead-thaw")
         # Where the translator is not built in, QEMU looks for it beside its libraries.
         programs |= {path: path for path in glob.glob(_TRANSLATOR)}
         root = self.roots.make(
@@ -179,6 +166,7 @@ class MicrovmBoundary(GuestBoundary):
                 KERNEL: kernel.path,
                 INITRAMFS: ramdisk.path,
                 FIRMWARE: os.path.realpath(FIRMWARE),
+                images.CAPTURE: native_program("libbulkhead-capture.so"),
                 "/proc/empty": b"",
             },
         )
@@ -188,26 +176,21 @@ class MicrovmBoundary(GuestBoundary):
             for name, source in zip(ramdisk.modules, modules, strict=True)
             if source not in early
         ]
-        vcpus = _processors(bundle)
-        key = None
-        if vcpus == 1:
-            # The root's name is a hash of kernel, initramfs and QEMU.
-            slots = _FEW if len(layers) < _FEW else room
-            key = templates.Key(
-                root.directory, jail.guest_bytes, cards, min(slots, room), acceleration().name
-            )
-        return Parts(jail, tuple(later), vcpus, key)
+        # The root's name is a hash of kernel, initramfs and QEMU.
+        key = templates.Key(
+            root.directory, jail.guest_bytes, cards, processors(bundle), acceleration().name
+        )
+        return Parts(jail, tuple(later), key)
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a machine is made of but its disks; without `key` it is booted, not cloned."""
+    """What a machine is made of; `key` is that of its template."""
 
     jail: Jail
     later: tuple[str, ...]
     """Modules that are loaded after the init's greeting."""
-    vcpus: int
-    key: templates.Key | None
+    key: templates.Key
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,40 +207,37 @@ class TemplateMaker:
         parts: Parts,
         channel: socket.socket,
         control: socket.socket,
+        peer: socket.socket,
         memory: OwnedFd,
-    ) -> Callable[[], Awaitable[str]]:
-        """Start the machine that `parts.key` describes; the result ends it (templates.Boot)."""
-        assert parts.key is not None
-        identity = f"template-{os.urandom(8).hex()}"
-        machine = qemu.Machine(
-            kernel=KERNEL,
-            initramfs=INITRAMFS,
-            channel_fd=10,
-            control_fd=11,
-            memory_file="/proc/self/fd/12",
-            memory_shared=True,
-            memory_bytes=parts.key.memory_bytes,
-            cards=[qemu.Card(-1, _NO_ADDRESS)] * parts.key.cards,
-            placeholders=parts.key.disks,
-            accelerator=parts.key.accelerator,
-            tsc_khz=tsc_khz(),
-        )
-        jail = dataclasses.replace(
-            parts.jail, args=qemu.argv(machine), mounts=[templates.PROC], terminal=False
-        )
+    ) -> templates.Booted:
+        """Start the machine that `parts.key` describes (templates.Boot)."""
+        key, identity = parts.key, f"template-{os.urandom(8).hex()}"
         directory = self.home.in_run("templates", identity)
         parent = os.path.dirname(bundle.spec.linux.cgroups_path) or "/bulkhead"
         own = Bundle(
             identity, Spec(linux=Linux(cgroups_path=f"{parent}/{identity}")), Rootfs(), directory
         )
-        fds = (channel.fileno(), control.fileno(), int(memory))
         async with contextlib.AsyncExitStack() as undo:
             os.makedirs(directory, mode=0o700)
             undo.callback(shutil.rmtree, directory)
+            taps = []
+            for number in range(key.cards if key.imaged else 0):
+                taps.append(undo.enter_context(await asyncio.to_thread(_idle_tap, number)))
+            fds = [channel.fileno(), control.fileno(), peer.fileno()]
+            fds += [int(tap) for tap in taps] if key.imaged else [int(memory)]
             console = undo.enter_context(OwnedFd(os.memfd_create("console", os.MFD_CLOEXEC)))
-            container = await self.container.create(jail_bundle(own, jail, fds))
+            files = await asyncio.to_thread(self._scratch, directory, identity)
+            jail = dataclasses.replace(
+                parts.jail,
+                disks=files,
+                args=qemu.argv(_template_machine(key)),
+                mounts=[templates.PROC],
+                environment=images.environment() if key.imaged else (),
+                terminal=False,
+            )
+            container = await self.container.create(jail_bundle(own, jail, tuple(fds)))
             undo.push_async_callback(container.delete, force=True)
-            await container.start(Stdio(stdout=int(console), stderr=int(console)))
+            launched = await container.start(Stdio(stdout=int(console), stderr=int(console)))
             undo.push_async_callback(self._forget, identity)
             # Until no mapping of the template's memory is left.
             undo.push_async_callback(asyncio.to_thread, container.group.kill)
@@ -267,7 +247,18 @@ class TemplateMaker:
             async with kept:
                 return os.pread(int(console), 4096, 0).decode("utf-8", "replace").strip()
 
-        return end
+        used = [qemu.Disk(f"/disks/{n}", not writable) for n, (_, writable) in enumerate(files)]
+        return templates.Booted(launched.pid, tuple(used), end)
+
+    def _scratch(self, directory: str, identity: str) -> list[tuple[str, bool]]:
+        """Disks for the lesson: one to write to, one with a layer."""
+        writable, readonly = f"{directory}/disk.ext4", f"{directory}/layer.erofs"
+        disks.make_disk(self.home, writable, _SCRATCH, uid=uid_of(identity))
+        with open(native_program("bulkhead-guest"), "rb") as program:
+            made = training.layer(program.read())
+        with open(readonly, "xb") as layer:
+            layer.write(made)
+        return [(writable, True), (readonly, False)]
 
     async def _forget(self, identity: str) -> None:
         deadline = time.monotonic() + _FORGET_S
@@ -281,14 +272,92 @@ class TemplateMaker:
                 await asyncio.sleep(0.01)
 
 
-def _with_terminal(jail: Jail, terminal: bool) -> Jail:
-    return dataclasses.replace(jail, terminal=terminal)
+def _idle_tap(number: int) -> OwnedFd:
+    """A tap that is connected to nothing."""
+    with netns.create() as namespace:
+        return netns.inside(int(namespace), lambda: open_tap(f"tap{number}"))
 
 
-def _devices(cards: int, count: int) -> tuple[tuple[str, str], ...]:
-    """What to bind in a clone: the port, which is bound, is virtio0."""
-    used = ["virtio_net"] * cards + ["virtio_blk"] * count
-    return tuple((driver, f"virtio{number}") for number, driver in enumerate(used, start=1))
+def _template_machine(key: templates.Key) -> qemu.Machine:
+    taps = range(images.FIRST_TAP, images.FIRST_TAP + key.cards) if key.imaged else [-1] * key.cards
+    return qemu.Machine(
+        kernel=KERNEL,
+        initramfs=INITRAMFS,
+        channel_fd=images.CHANNEL,
+        control_fd=images.CONTROL,
+        memory_file="" if key.imaged else f"/proc/self/fd/{images.FIRST_TAP}",
+        memory_shared=True,
+        memory_bytes=key.memory_bytes,
+        vcpus=key.vcpus,
+        cards=[qemu.Card(tap, _NO_ADDRESS) for tap in taps],
+        disks=[None] * qemu.max_disks(key.cards),
+        accelerator=key.accelerator,
+        tsc_khz=tsc_khz(),
+        confined=not key.imaged,
+    )
+
+
+def _booted(bundle: Bundle, parts: Parts) -> Prepared:
+    machine = _machine(bundle, parts)
+    made = dataclasses.replace(parts.jail, args=qemu.argv(machine))
+    return Prepared(made, _described(bundle, parts, None))
+
+
+def _cloned(bundle: Bundle, parts: Parts, template: templates.Template) -> Prepared:
+    cards = len(bundle.nics)
+    machine = _machine(bundle, parts)
+    found = [disk for disk in machine.disks if disk is not None]
+    places = qemu.places(found, cards)
+    first = FIRST_TAP_FD + cards
+    if template.state is None:
+        orders = images.orders(dict(zip(places, found, strict=True)))
+        fds = templates.clone_image(template, orders)
+        given = {images.CHANNEL: CHANNEL_FD, images.CONTROL: first + 1}
+        given[images.CONTROL_PEER] = first + 2
+        given |= {images.FIRST_TAP + n: FIRST_TAP_FD + n for n in range(cards)}
+        args = images.argv(first, given)
+    else:
+        clone = templates.clone(template, first)
+        fds = clone.fds
+        placed: list[qemu.Disk | None] = [None] * qemu.max_disks(cards)
+        for place, disk in zip(places, found, strict=True):
+            placed[place] = disk
+        args = qemu.argv(
+            dataclasses.replace(
+                machine,
+                disks=placed,
+                memory_file=clone.memory_file,
+                control_fd=clone.control_fd,
+                incoming=True,
+            )
+        )
+    made = dataclasses.replace(parts.jail, args=args, mounts=[templates.PROC])
+    return Prepared(made, _described(bundle, parts, places), ("--clone",), fds)
+
+
+def _device(cards: int, place: int) -> str:
+    """The guest's name for the disk in that place of a template, on its virtio bus."""
+    return f"virtio{1 + cards + place}"
+
+
+def _described(bundle: Bundle, parts: Parts, places: Sequence[int] | None) -> plan.Machine:
+    """What the guest is told of its machine; `places` of its disks, in a clone."""
+    cards = len(bundle.nics)
+    names = qemu.disk_names(len(parts.jail.disks))
+    count = len(bundle.rootfs.layer_files)
+    devices: list[tuple[str, str]] = []
+    if places is not None:
+        # The port, which is bound, is virtio0.
+        devices += [("virtio_net", f"virtio{number}") for number in range(1, cards + 1)]
+        devices += [("virtio_blk", _device(cards, place)) for place in places]
+    return plan.Machine(
+        modules=parts.later if places is None else (),
+        devices=tuple(devices),
+        layers=tuple(names[:count]),
+        upper=names[count],
+        sources=plan.volume_disks(bundle, lambda number: names[count + 1 + number]).sources,
+        interfaces=tuple(f"eth{number}" for number in range(cards)),
+    )
 
 
 def _kernel(boundary: GuestBoundary, name: str) -> kernels.Kernel:
@@ -305,8 +374,10 @@ def _kernel(boundary: GuestBoundary, name: str) -> kernels.Kernel:
 def _machine(bundle: Bundle, parts: Parts) -> qemu.Machine:
     """The machine of a workload, as its jail sees it."""
     found = acceleration()
-    count = len(bundle.rootfs.layer_files)
-    files = [qemu.Disk(f"/disks/{number}", readonly=number < count) for number in range(count + 1)]
+    files = [
+        qemu.Disk(f"/disks/{number}", readonly=not writable)
+        for number, (_, writable) in enumerate(parts.jail.disks)
+    ]
     cards = [qemu.Card(FIRST_TAP_FD + number, nic.mac) for number, nic in enumerate(bundle.nics)]
     return qemu.Machine(
         kernel=KERNEL,
@@ -315,13 +386,13 @@ def _machine(bundle: Bundle, parts: Parts) -> qemu.Machine:
         disks=files,
         cards=cards,
         memory_bytes=parts.jail.guest_bytes,
-        vcpus=parts.vcpus,
+        vcpus=parts.key.vcpus,
         accelerator=found.name,
         tsc_khz=tsc_khz() if found.name == "tcg" else 0,
     )
 
 
-def _processors(bundle: Bundle) -> int:
+def processors(bundle: Bundle) -> int:
     """As many as --cpus asks for, rounded up, at most the host's; one if it does not."""
     resources = bundle.spec.linux.resources
     cpu = resources.cpu if resources is not None else None

@@ -10,11 +10,15 @@ down, and every workload has the same layout, so that a template fits all of one
 
     bus 23    virtio-serial with the port "bulkhead.0"
     bus 22…   network cards                                     eth0, eth1, …
-    then      disks: the layers topmost first, then the upper   /dev/vda, /dev/vdb, …
+    then      disks                                             /dev/vda, /dev/vdb, …
+
+Disks of a booted machine are in the order of `Machine.disks`. A template has empty ones in all
+places: the first WRITABLE of them can be written, the others cannot (`places`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bulkhead.errors import Invalid, Unsupported
 
@@ -24,8 +28,10 @@ PORT = "bulkhead.0"
 TRANSPORTS = 24
 MIN_MEMORY = 96 << 20
 """Bytes below which the cloud kernel does not reach its process 1."""
-TRANSLATED_CODE = 64 << 20
-"""Bytes that TCG may keep of translated code."""
+TRANSLATED_CODE = 128 << 20
+"""Bytes that TCG may keep of translated code; a clone shares what its template had translated."""
+WRITABLE = 4
+"""Places of a template for disks that can be written."""
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 """What a jailed QEMU never does: raise privileges, start processes, change others' scheduling."""
@@ -55,24 +61,24 @@ class Machine:
 
     Descriptors are numbers in the process that becomes QEMU. `memory_file`: guest memory is this
     file; what the guest writes stays in memory (MAP_PRIVATE) unless `memory_shared`. `control_fd`:
-    a socket on which QMP is spoken. `incoming`: wait for the state of a saved guest.
-    `placeholders`: how many disks there shall be; those that `disks` leaves over are empty.
+    a socket on which QMP is spoken. `incoming`: wait for the state of a saved guest. None among
+    the disks: a place for one. Without `confined` QEMU has no filter of its own.
     """
 
     kernel: str
     initramfs: str
     channel_fd: int
-    disks: Sequence[Disk] = ()
+    disks: Sequence[Disk | None] = ()
     memory_bytes: int = 256 << 20
     vcpus: int = 1
     accelerator: str = "tcg"
     tsc_khz: int = 0
     cards: Sequence[Card] = ()
-    placeholders: int = 0
     memory_file: str = ""
     memory_shared: bool = False
     control_fd: int = -1
     incoming: bool = False
+    confined: bool = True
     binary: str = BINARY
 
 
@@ -80,7 +86,8 @@ def argv(machine: Machine) -> list[str]:
     """QEMU's command line; Invalid or Unsupported for what no microVM can be."""
     _check(machine)
     words = [machine.binary, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
-    words += ["-sandbox", SANDBOX]
+    if machine.confined:
+        words += ["-sandbox", SANDBOX]
     words += ["-name", "bulkhead,process=qemu"]
     words += _board(machine)
     if not machine.incoming:
@@ -97,7 +104,7 @@ def argv(machine: Machine) -> list[str]:
             words += ["-netdev", f"tap,id=net{number},fd={card.tap_fd}"]
             device += f",netdev=net{number}"
         words += ["-device", device]
-    for place in range(max(len(machine.disks), machine.placeholders)):
+    for place in range(len(machine.disks)):
         words += _disk(machine, place)
     if machine.control_fd >= 0:
         words += ["-chardev", f"socket,id=control,fd={machine.control_fd}"]
@@ -108,7 +115,7 @@ def argv(machine: Machine) -> list[str]:
 
 
 def _check(machine: Machine) -> None:
-    count, room = max(len(machine.disks), machine.placeholders), max_disks(len(machine.cards))
+    count, room = len(machine.disks), max_disks(len(machine.cards))
     if count > room:
         raise Unsupported(
             f"a microVM with {len(machine.cards)} network cards has at most {room} disks, "
@@ -124,7 +131,7 @@ def _check(machine: Machine) -> None:
     if machine.vcpus < 1:
         raise Invalid(f"{machine.vcpus} processors")
     for disk in machine.disks:
-        if "," in disk.path:
+        if disk is not None and "," in disk.path:
             raise Invalid(f"a disk's path may not contain a comma: {disk.path}")
 
 
@@ -172,23 +179,52 @@ def _bus(place: int) -> str:
 
 
 def _disk(machine: Machine, place: int) -> list[str]:
-    name = f"disk{place}"
-    if place < len(machine.disks):
-        disk = machine.disks[place]
-        switch = "on" if disk.readonly else "off"
-        node = f"driver=file,node-name={name},filename={disk.path},read-only={switch}"
-        # The engine's own lock on a workload is enough; layers are many guests' at once.
-        node += ",locking=off"
-        if not disk.readonly:
-            node += ",discard=unmap"
+    disk = machine.disks[place]
+    if disk is None:
+        readonly = place >= WRITABLE
+        node: dict[str, Any] = {"driver": "null-co", "size": 1 << 20, "read-zeroes": True}
+        node |= {"read-only": readonly, "node-name": empty_name(place)}
     else:
-        node = f"driver=null-co,node-name={name},size=1048576,read-zeroes=on"
-    return [
-        "-blockdev",
-        node,
-        "-device",
-        f"virtio-blk-device,drive={name},{_bus(1 + len(machine.cards) + place)}",
-    ]
+        node = disk_node(disk, place)
+    words = ",".join(f"{name}={_option(value)}" for name, value in node.items())
+    device = f"virtio-blk-device,id={device_name(place)},drive={node['node-name']},"
+    return ["-blockdev", words, "-device", device + _bus(1 + len(machine.cards) + place)]
+
+
+def disk_node(disk: Disk, place: int) -> dict[str, Any]:
+    """The block node of a disk, as `blockdev-add` takes it."""
+    node: dict[str, Any] = {"driver": "file", "node-name": f"disk{place}", "filename": disk.path}
+    # The engine's own lock on a workload is enough; layers are many guests' at once.
+    node |= {"read-only": disk.readonly, "locking": "off"}
+    if not disk.readonly:
+        node["discard"] = "unmap"
+    return node
+
+
+def empty_name(place: int) -> str:
+    """The block node of a place without a disk."""
+    return f"empty{place}"
+
+
+def device_name(place: int) -> str:
+    """QEMU's name of the disk device in that place."""
+    return f"blk{place}"
+
+
+def _option(value: object) -> str:
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
+
+
+def places(disks: Sequence[Disk], cards: int) -> list[int]:
+    """Where in a template these disks go; Unsupported if there is no room."""
+    room = {False: iter(range(WRITABLE)), True: iter(range(WRITABLE, max_disks(cards)))}
+    try:
+        return [next(room[disk.readonly]) for disk in disks]
+    except StopIteration:
+        raise Unsupported(
+            f"a microVM with {cards} network cards has room for {WRITABLE} disks and "
+            f"{max_disks(cards) - WRITABLE} layers"
+        ) from None
 
 
 def max_disks(cards: int) -> int:
