@@ -14,7 +14,7 @@ from bulkhead.api.archives import TAR
 from bulkhead.api.exchange import Exchange, Item, Stream, with_download, with_upload
 from bulkhead.api.registry_auth import registry_auth
 from bulkhead.api.routes import ROUTES, SENT
-from bulkhead.errors import BulkheadError, Invalid, Unsupported
+from bulkhead.errors import BulkheadError, Corrupt, Invalid, Unsupported
 
 
 async def progress(
@@ -127,7 +127,10 @@ async def load(x: Exchange) -> object:
             if not quiet or "stream" in message:
                 item(message)
 
-        return await with_upload(x, lambda file: x.call("image.load", {}, [file], shown))
+        try:
+            return await with_upload(x, lambda file: x.call("image.load", {}, [file], shown))
+        except Corrupt as error:
+            raise Invalid(error.message) from None  # the client's archive, not ours
 
     return await progress(x, work)
 
