@@ -6,11 +6,9 @@ one row, each boundary one column.
 
 import contextlib
 import functools
-import io
 import os
 import shutil
 import socket
-import tarfile
 import tempfile
 import threading
 import time
@@ -23,8 +21,15 @@ import pytest
 from bulkhead.boundaries.gvisor import GvisorBoundary
 from bulkhead.boundary import registry
 from bulkhead.boundary.seam import Measured, Pausable, Report, Updatable
-from bulkhead.errors import CommandNotExecutable, CommandNotFound, NotFound, Unsupported
+from bulkhead.errors import (
+    CommandNotExecutable,
+    CommandNotFound,
+    Conflict,
+    NotFound,
+    Unsupported,
+)
 from bulkhead.home import Home
+from tests.guest.archives import fetch, send
 from tests.helpers import engine_rig as rigs
 from tests.helpers import guest_kernel, images
 from tests.helpers.engine_rig import IMAGE, Outcome, Rig
@@ -375,41 +380,10 @@ def test_the_engine_may_be_killed(rig: Rig, start: Start) -> None:
 # --- files from outside --------------------------------------------------------------------------
 
 
-def _fetch(rig: Rig, method: str, **params: Any) -> dict[str, tuple[tarfile.TarInfo, bytes]]:
-    """The members of the archive that a method writes."""
-    reading, writing = os.pipe()
-    out: list[bytes] = []
-    reader = threading.Thread(target=_read_all, args=(reading, out))
-    reader.start()
-    try:
-        rig.call(method, (writing,), **params)
-    finally:
-        os.close(writing)
-        reader.join()
-    found = {}
-    with tarfile.open(fileobj=io.BytesIO(out[0])) as tar:
-        for member in tar:
-            file = tar.extractfile(member) if member.isreg() else None
-            found[member.name] = (member, file.read() if file is not None else b"")
-    return found
-
-
-def _read_all(fd: int, into: list[bytes]) -> None:
-    with os.fdopen(fd, "rb") as file:
-        into.append(file.read())
-
-
-def _send(rig: Rig, name: str, path: str, data: bytes, **params: Any) -> None:
-    with tempfile.TemporaryFile() as file:
-        file.write(data)
-        file.seek(0)
-        rig.call("workload.archive_put", (file.fileno(),), id=name, path=path, **params)
-
-
 def _cp_both_ways(rig: Rig, name: str) -> None:
     data = os.urandom(300_000)
-    _send(rig, name, "/srv", images.tar_of({"in/a": data, "in/b": b"bee"}))
-    found = _fetch(rig, "workload.archive_get", id=name, path="/srv/in")
+    send(rig, name, "/srv", images.tar_of({"in/a": data, "in/b": b"bee"}))
+    found = fetch(rig, "workload.archive_get", id=name, path="/srv/in")
     assert found["in"][0].isdir()
     assert found["in/a"][1] == data
     assert found["in/b"][1] == b"bee"
@@ -426,9 +400,9 @@ def test_files_are_copied_in_and_out(rig: Rig, start: Start) -> None:
     assert rigs.execute(rig, "copied", ["cat", "/srv/in/b"])[1] == b"bee"
     rig.call("workload.kill", id="copied", signal="KILL")
     rig.call("workload.wait", id="copied")
-    found = _fetch(rig, "workload.archive_get", id="copied", path="/srv/in/b")
+    found = fetch(rig, "workload.archive_get", id="copied", path="/srv/in/b")
     assert found["b"][1] == b"bee"
-    _send(rig, "copied", "/srv", images.tar_of({"later": b"while it stood still"}))
+    send(rig, "copied", "/srv", images.tar_of({"later": b"while it stood still"}))
     rig.call("workload.start", id="copied")
     assert rigs.execute(rig, "copied", ["cat", "/srv/later"])[1] == b"while it stood still"
 
@@ -439,7 +413,7 @@ def test_changes_export_and_commit(rig: Rig, start: Start, run: Run) -> None:
     found = {(one["Kind"], one["Path"]) for one in rig.call("workload.changes", id="changed")}
     wanted = {(1, "/new"), (2, "/etc/group"), (0, "/etc"), (1, "/d"), (1, "/d/f"), (1, "/ok")}
     assert found == wanted
-    exported = _fetch(rig, "workload.export", id="changed")
+    exported = fetch(rig, "workload.export", id="changed")
     assert exported["new"][1] == b"new\n"
     assert "etc/group" not in exported
     assert "bin/busybox" in exported
@@ -633,6 +607,119 @@ def test_an_image_of_a_hundred_layers(rig: Rig, boundary: str, tmp_path: Path) -
         done = rigs.run(rig, ["sh", "-c", script], boundary=boundary, config={"Image": "many"})
         assert done.out == b"98" + b"98\nroot\n", done.err
     rig.call("image.remove", name="many")
+
+
+# --- files of the host and volumes ----------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(rig: Rig) -> Iterator[Path]:
+    """A directory of the host that everybody may enter."""
+    path = Path(tempfile.mkdtemp(dir=rig.root.parent))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+def test_a_directory_of_the_host_is_shared(run: Run, folder: Path) -> None:
+    (folder / "old").write_text("from the host\n")
+    script = (
+        "cat /data/old; mkdir /data/d; echo new > /data/d/f; mv /data/d/f /data/d/g; rm /data/old;"
+        "ln /data/d/g /data/l; ln -s d/g /data/s; chown 12:34 /data/l; chmod 640 /data/l;"
+        "cat /data/s; stat -c '%h %u %g %a' /data/l"
+    )
+    done = run(["sh", "-ec", script], Binds=[f"{folder}:/data"])
+    assert done.out.decode().splitlines() == ["from the host", "new", "2 12 34 640"], done.err
+    found = (folder / "d/g").stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o777, found.st_nlink) == (12, 34, 0o640, 2)
+    assert os.readlink(folder / "s") == "d/g" and not (folder / "old").exists()
+
+
+def test_a_bind_can_be_read_only(run: Run, folder: Path) -> None:
+    (folder / "f").write_text("x\n")
+    done = run(["sh", "-c", "cat /data/f; echo y > /data/f"], Binds=[f"{folder}:/data:ro"])
+    assert (done.code, done.out) == (1, b"x\n")
+    assert b"Read-only file system" in done.err
+    assert (folder / "f").read_text() == "x\n"
+
+
+def test_a_single_file_can_be_bound(run: Run, folder: Path) -> None:
+    (folder / "conf").write_text("one\n")
+    script = "cat /etc/app.conf; echo two >> /etc/app.conf; ls /etc | grep app"
+    done = run(["sh", "-c", script], Binds=[f"{folder}/conf:/etc/app.conf"])
+    assert done.out == b"one\napp.conf\n", done.err
+    assert (folder / "conf").read_text() == "one\ntwo\n"
+
+
+def test_what_the_host_changes_is_seen(start: Start, rig: Rig, folder: Path) -> None:
+    (folder / "f").write_text("first\n")
+    script = "while ! grep -q second /data/f; do sleep 0.05; done; cat /data/f /data/other"
+    start("watching", f"cat /data/f; {script}", Binds=[f"{folder}:/data"])
+    until(lambda: say(rig, "watching") == "first\n", "it has read the file")
+    (folder / "other").write_text("other\n")
+    (folder / "f").write_text("second\n")
+    assert rig.call("workload.wait", id="watching")["StatusCode"] == 0
+    assert say(rig, "watching") == "first\nsecond\nother\n"
+
+
+def test_a_volume_keeps_its_files(run: Run, rig: Rig) -> None:
+    rig.call("volume.create", Name="kept", Labels={"a": "b"})
+    binds = ["kept:/v"]
+    assert run(["sh", "-c", "echo one > /v/f; sync"], Binds=binds).code == 0
+    assert run(["sh", "-c", "cat /v/f; echo two >> /v/f"], Binds=binds).out == b"one\n"
+    assert rigs.run(rig, ["cat", "/v/f"], Binds=binds).out == b"one\ntwo\n"
+    (found,) = rig.call("volume.list", filters={"label": ["a=b"]})["Volumes"]
+    assert found["Name"] == "kept"
+    rig.call("volume.remove", name="kept")
+
+
+def test_a_new_volume_has_what_the_image_has(run: Run, rig: Rig) -> None:
+    done = run(["sh", "-c", "ls /etc/passwd; echo x > /etc/added"], Binds=["filled:/etc"])
+    assert (done.code, done.out) == (0, b"/etc/passwd\n"), done.err
+    again = run(["sh", "-c", "rm /etc/passwd; cat /etc/added; ls /e"], Binds=["filled:/e"])
+    assert b"added" in again.out and b"passwd" in again.out
+    rig.call("volume.remove", name="filled")
+    anonymous = run(["sh", "-c", "echo x > /v/f"], config={"Volumes": {"/v": {}}})
+    assert anonymous.code == 0
+    until(lambda: rig.call("volume.list")["Volumes"] == [], "the anonymous volume is gone")
+
+
+def test_a_part_of_a_volume(run: Run, rig: Rig) -> None:
+    made = rigs.run(rig, ["sh", "-c", "mkdir /v/a; echo x > /v/a/f"], Binds=["whole:/v"])
+    assert made.code == 0
+    mount = {"Type": "volume", "Source": "whole", "Target": "/p", "ReadOnly": True}
+    done = run(
+        ["sh", "-c", "cat /p/f; touch /p/g"],
+        Mounts=[{**mount, "VolumeOptions": {"Subpath": "a"}}],
+    )
+    assert (done.code, done.out) == (1, b"x\n"), done.err
+    rig.call("volume.remove", name="whole")
+
+
+def test_one_kernel_writes_a_volume(rig: Rig, start: Start, boundary: str) -> None:
+    start("writing", "echo x > /v/f; echo ready; sleep 1000", Binds=["leased:/v"])
+    until(lambda: say(rig, "writing") == "ready\n", "it has written")
+    if boundary == "container":
+        assert rigs.run(rig, ["touch", "/v/g"], Binds=["leased:/v"]).code == 0
+    else:
+        with pytest.raises(Conflict, match=r"volume leased is written by writing \(boundary"):
+            rigs.run(rig, ["touch", "/v/g"], Binds=["leased:/v"])
+    assert rigs.run(rig, ["cat", "/v/f"], Binds=["leased:/v:ro"]).out == b"x\n"
+    rig.call("workload.kill", id="writing", signal="KILL")
+    rig.call("workload.wait", id="writing")
+    assert rigs.run(rig, ["touch", "/v/g"], Binds=["leased:/v"]).code == 0
+    rig.call("workload.remove", id="writing")
+    rig.call("volume.remove", name="leased")
+
+
+def test_a_volume_with_a_size_is_a_quota(run: Run, rig: Rig) -> None:
+    rig.call("volume.create", Name="sized", DriverOpts={"size": "32m"})
+    script = "dd if=/dev/zero of=/v/big bs=1M count=40; rm /v/big; echo kept > /v/f; ls /v"
+    done = run(["sh", "-c", script], Binds=["sized:/v"])
+    assert b"No space left on device" in done.err and done.out == b"f\n", done.err
+    assert rigs.run(rig, ["cat", "/v/f"], Binds=["sized:/v"]).out == b"kept\n"
+    assert run(["cat", "/v/f"], Binds=["sized:/v"]).out == b"kept\n"
+    rig.call("volume.remove", name="sized")
 
 
 # --- what a kernel of its own makes impossible is refused -----------------------------------------

@@ -12,8 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from bulkhead.boundaries import files_syscalls
 from bulkhead.boundaries.guest import frames
+from bulkhead.isolation.seccomp.compile import compile_filter
 from bulkhead.keeper.holder import program_path
+from bulkhead.linux import seccomp
 from tests.helpers.guest_rig import simple
 from tests.helpers.monitor_rig import Monitor, main_frames
 
@@ -24,11 +27,17 @@ OPTIONS = "allow_other,default_permissions"
 def server(
     sock: socket.socket, sources: Sequence[Path], *, valid: str, native: str | None = None
 ) -> "subprocess.Popen[bytes]":
-    """`bulkhead-files` on `sock`, without a jail."""
+    """`bulkhead-files` on `sock`: of its jail it has the filter, if it is the one that is used."""
+
+    def confine() -> None:
+        seccomp.install(program)
+
+    program = compile_filter(files_syscalls.profile()).program
     shares = [f"{FIRST + n}={path}:{valid}" for n, path in enumerate(sources)]
     return subprocess.Popen(
         [program_path("bulkhead-files", native), str(sock.fileno()), "100000", *shares],
         pass_fds=[sock.fileno()],
+        preexec_fn=confine if native is None else None,
     )
 
 

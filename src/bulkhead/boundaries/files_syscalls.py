@@ -14,7 +14,7 @@ CALLS: tuple[tuple[str, str], ...] = (
     ("open openat close fcntl", "files, once their kind is known; locks"),
     ("statx newfstatat fstat stat fstatfs readlink readlinkat getdents64", "what is there"),
     ("chown fchown fchownat chmod fchmod fchmodat utimensat", "owners, modes, times"),
-    ("mknodat mkdirat symlinkat linkat unlinkat renameat2", "names"),
+    ("mknodat mkdirat symlinkat linkat unlinkat renameat renameat2", "names"),
     ("pread64 pwrite64 pwritev2 ftruncate fallocate lseek copy_file_range", "contents"),
     ("fsync fdatasync flock", "what the guest asks for"),
     ("getxattr listxattr setxattr removexattr", "a few extended attributes"),
