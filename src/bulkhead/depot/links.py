@@ -16,7 +16,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from bulkhead.errors import Invalid
@@ -191,10 +191,14 @@ def repositories(root: str) -> Iterator[str]:
     yield from walk("")
 
 
-def held(root: str) -> set[str]:
-    """Every digest that some repository has."""
+def held(root: str, layer_of: Callable[[str], dict[str, object] | None]) -> set[str]:
+    """Every digest that some repository has, with the layers that blobs are made of.
+
+    `layer_of` is the store's `provenance`.
+    """
     found: set[str] = set()
     for folder, _, names in os.walk(root):
         if os.path.basename(folder) in ("_blobs", "_manifests"):
             found.update(f"sha256:{name}" for name in names if _HEX.match(name))
-    return found
+    made = [record for digest in found if (record := layer_of(digest)) is not None]
+    return found | {str(record["diff_id"]) for record in made}

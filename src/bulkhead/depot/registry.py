@@ -14,7 +14,7 @@ from bulkhead.depot.uploads import Upload, Uploads
 from bulkhead.errors import BulkheadError, Denied, Invalid, NotFound
 from bulkhead.oci.digest import of
 from bulkhead.oci.image import INDEXES, LARGEST_MANIFEST, MANIFESTS
-from bulkhead.store.content import ContentStore
+from bulkhead.store.content import ContentStore, as_file
 
 _LEASE_S = 3600.0
 
@@ -97,10 +97,29 @@ class Registry:
         try:
             if not repository.has_blob(digest):
                 raise NotFound("it was never pushed here")
-            return self.store.open(digest), self.store.size(digest)
+            return self._open(digest), self._size(digest)
         except NotFound as error:
             text = f"blob {digest} is not in {repository.name}: {error.message}"
             raise Problem(404, "BLOB_UNKNOWN", text) from None
+
+    def _open(self, digest: str) -> BinaryIO:
+        """The blob; one that only the engine's own push needed is compressed again."""
+        known = self.store.provenance(digest)
+        if known is None or os.path.exists(self.store.blob_path(digest)):
+            return self.store.open(digest)
+        return as_file(self.store.blob_for(digest, str(known["diff_id"])))
+
+    def _size(self, digest: str) -> int:
+        """Its bytes; NotFound."""
+        known = self.store.provenance(digest)
+        size = known.get("size") if known is not None else None
+        return size if isinstance(size, int) else self.store.size(digest)
+
+    def _stored(self, digest: str) -> bool:
+        known = self.store.provenance(digest)
+        if known is not None and self.store.layer(str(known["diff_id"])) is not None:
+            return True
+        return self.store.has(digest)
 
     def mount(self, repository: Repository, digest: str, origin: str) -> bool:
         """Take a blob over from another repository that has it; whether that was possible."""
@@ -108,7 +127,7 @@ class Registry:
         if not links.NAME.match(origin):
             return False
         other = Repository(self.root, origin)
-        if not other.has_blob(digest) or not self.store.has(digest):
+        if not other.has_blob(digest) or not self._stored(digest):
             return False
         repository.link_blob(digest)
         return True
@@ -213,11 +232,11 @@ class Registry:
             if one.get("urls"):
                 continue
             digest = self.digest(one["digest"])
-            if not repository.has_blob(digest) or not self.store.has(digest):
+            if not repository.has_blob(digest) or not self._stored(digest):
                 text = f"blob {digest} is not in {repository.name}"
                 raise Problem(404, "MANIFEST_BLOB_UNKNOWN", text)
-            if self.store.size(digest) != one.get("size"):
-                text = f"blob {digest} has {self.store.size(digest)} bytes, not {one.get('size')}"
+            if self._size(digest) != one.get("size"):
+                text = f"blob {digest} has {self._size(digest)} bytes, not {one.get('size')}"
                 raise Problem(400, "MANIFEST_INVALID", text)
 
     def delete_manifest(self, repository: Repository, reference: str) -> None:

@@ -338,7 +338,8 @@ class Engine:
         """Configurations and layers of the workloads there are, whatever became of their names."""
         records = [workload.record for workload in self.workloads]
         held = {d for record in records for d in (record.image_id, *record.diff_ids)}
-        return held | self.builds.held() | links.held(self.home.in_root("registry"))
+        served = links.held(self.home.in_root("registry"), self.store.provenance)
+        return held | self.builds.held() | served
 
     def running_names(self) -> list[str]:
         """Short ids of the workloads that run."""

@@ -117,6 +117,11 @@ class _Replay(io.RawIOBase):
         return count
 
 
+def as_file(pieces: Iterator[bytes]) -> BinaryIO:
+    """Bytes that come as pieces, as a file that can be read once."""
+    return io.BufferedReader(_Replay(pieces), _PIECE)
+
+
 class ContentStore:
     """The store in directory `root`, which is made if it does not exist."""
 
@@ -209,7 +214,7 @@ class ContentStore:
                 return open(self.blob_path(digest), "rb")
         if self.layer(digest) is None:
             raise NotFound(f"blob {digest} is not in the store")
-        return io.BufferedReader(_Replay(self.tar(digest)), _PIECE)
+        return as_file(self.tar(digest))
 
     def read(self, digest: str, limit: int = 16 << 20) -> bytes:
         """A small blob, verified again; Invalid beyond `limit` bytes, NotFound, Corrupt."""
