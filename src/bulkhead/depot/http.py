@@ -107,6 +107,9 @@ class Handler(BaseHTTPRequestHandler):
             self._fail(500, "UNKNOWN", error.message)
         except (ConnectionError, TimeoutError):
             self.close_connection = True
+        except Exception:
+            log.exception("%s %s", self.command, self.path)
+            self._fail(500, "UNKNOWN", "an unexpected error, which the log explains")
 
     def _route(self) -> None:
         url = urllib.parse.urlsplit(self.path)

@@ -226,9 +226,8 @@ class Registry:
                     text = f"manifest {one['digest']} is not in {repository.name}"
                     raise Problem(404, "MANIFEST_BLOB_UNKNOWN", text)
             return
-        members = [document["config"]] if "config" in document else []
-        members += document.get("layers") or []
-        for one in _descriptors(members):
+        config = [document["config"]] if "config" in document else []
+        for one in (*_descriptors(config), *_descriptors(document.get("layers") or [])):
             if one.get("urls"):
                 continue
             digest = self.digest(one["digest"])
