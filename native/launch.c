@@ -87,6 +87,10 @@ static const char *check_special(const struct check *c, const struct op *op, uin
         return NULL;
     case FAIL:
         return is_const(op, 0) && op->arg[0] && op->arg[0] < 4096 ? NULL : "not an errno";
+    case CLOSE:
+        if (op->number && (op->number > KEPT_MORE || op->args != 6 || op->tag[5] != T_FD || op->arg[5] + op->number >= c->head->fds))
+            return "no such descriptors to keep";
+        return NULL;
     default:
         return NULL;
     }
@@ -320,24 +324,28 @@ static long close_between(unsigned first, unsigned end)
 }
 
 /* Everything but the standard streams and the channel, whose end tells the holder of the exec.
- * The descriptors given as arguments are kept, as KEPT_FIRST and the numbers after it. */
+ * The descriptors given as arguments are kept, as KEPT_FIRST and the numbers after it; and `number`
+ * more, which follow the last of them in the request. */
 static long do_close(struct run *run, const struct op *op)
 {
     unsigned first = 3;
     if (op->args) {
-        int kept[6], channel = fcntl(run->channel, F_DUPFD_CLOEXEC, KEPT_FIRST + 6);
+        int kept[6 + KEPT_MORE], count = op->args + (int)op->number;
+        int channel = fcntl(run->channel, F_DUPFD_CLOEXEC, KEPT_FIRST + count);
         if (channel < 0)
             return -errno;
         run->channel = channel;
-        for (int i = 0; i < op->args; i++)
-            if ((kept[i] = fcntl((int)value(run, op, i), F_DUPFD_CLOEXEC, KEPT_FIRST + 6)) < 0)
+        for (int i = 0; i < count; i++) {
+            int fd = i < op->args ? (int)value(run, op, i) : run->fds[op->arg[op->args - 1] + (uint64_t)(i - op->args) + 1];
+            if ((kept[i] = fcntl(fd, F_DUPFD_CLOEXEC, KEPT_FIRST + count)) < 0)
                 return -errno;
-        for (int i = 0; i < op->args; i++)
+        }
+        for (int i = 0; i < count; i++)
             if (dup3(kept[i], KEPT_FIRST + i, 0) < 0)
                 return -errno;
         if (close_between(first, KEPT_FIRST))
             return -errno;
-        first = KEPT_FIRST + op->args;
+        first = (unsigned)(KEPT_FIRST + count);
     }
     if (close_between(first, (unsigned)run->channel))
         return -errno;

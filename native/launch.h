@@ -19,6 +19,7 @@
 #endif
 
 enum kind { CALL = 1, WRITE, SAME_INODE, FSTYPE, SEND_FD, FORK, GATE, EXEC, STORE, LOAD, SKIP, FAIL, CLOSE };
+#define KEPT_MORE 16u /* beside the six that a step names */
 #define KEPT_FIRST 10 /* the number of the first descriptor that CLOSE keeps */
 
 enum tag { T_INT, T_SLOT, T_FD, T_BLOB };

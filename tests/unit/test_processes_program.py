@@ -147,3 +147,14 @@ def test_what_is_out_of_bounds_is_refused() -> None:
         many.call("x", "getpid")
     with pytest.raises(ValueError, match="at most"):
         many.call("x", "getpid")
+
+
+def test_more_than_six_descriptors_can_be_kept_if_they_follow_each_other() -> None:
+    program = Program()
+    program.close("close the rest", [Fd(n) for n in range(2, 12)])
+    compiled = program.compile()
+    assert struct.unpack_from("=8I", compiled.data)[5] == 12
+    with pytest.raises(ValueError, match="cannot be kept together"):
+        Program().close("close the rest", [Fd(n) for n in (0, 1, 2, 3, 4, 5, 7)])
+    with pytest.raises(ValueError, match="cannot be kept together"):
+        Program().close("close the rest", [Fd(n) for n in range(30)])

@@ -43,6 +43,7 @@ CALL, WRITE, SAME_INODE, FSTYPE, SEND_FD, FORK, GATE, EXEC, STORE, LOAD, SKIP, F
 )
 KEPT_FIRST = 10
 """The number of the first descriptor that `close` keeps; native/launch.h."""
+_KEPT_MORE = 16
 KIND_NAMES = (
     "",
     "call",
@@ -298,11 +299,16 @@ class Program:
         """Close all descriptors but 0, 1 and 2 (and the holder's own channel, until the exec).
 
         Before the exec it keeps a path like /proc/self/fd/9/.. from leading to the host. What is
-        in `keep` (at most 6) is there as KEPT_FIRST and the numbers after it, inherited.
+        in `keep` is there as KEPT_FIRST and the numbers after it, inherited; those beyond the sixth
+        must follow it in the request, and each other.
         """
-        if len(keep) > 6:
-            raise ValueError(f"{step}: at most 6 descriptors can be kept")
-        self._add(_Op(CLOSE, step, args=tuple(keep)))
+        more = tuple(keep[6:])
+        if more:
+            last = keep[5]
+            start = last.index + 1 if isinstance(last, Fd) else -1
+            if len(more) > _KEPT_MORE or more != tuple(Fd(start + n) for n in range(len(more))):
+                raise ValueError(f"{step}: these descriptors cannot be kept together")
+        self._add(_Op(CLOSE, step, number=len(more), args=tuple(keep[:6])))
 
     def store(self, step: str, blob: Blob, offset: int, size: int, value: Argument) -> None:
         """Store `value` in `size` bytes (1, 2, 4, 8) at `offset` of `blob`."""
@@ -474,6 +480,8 @@ class _Compiler:
             values[2 * i + 1] = len(vector.values)
             self._hole(vector.name, "vector", where + 16 * i)
             self._hole(vector.name, "count", where + 16 * i + 8)
+        if op.kind == CLOSE and op.number:
+            self.fds = max(self.fds, values[5] + op.number + 1)
         count = len(op.args) or 2 * len(op.vectors)
         oks = list(op.ok) + [0] * (MAX_OKS - len(op.ok))
         return _OP.pack(op.kind, count, len(op.ok), 0, op.number, *tags, 0, *oks, *values)
