@@ -69,6 +69,8 @@ ExecStart=
 ExecStart=/lib/systemd/systemd-networkd-wait-online --any --timeout=20
 """
 _FILES = {
+    # Neighbours have names of one word.
+    "etc/systemd/resolved.conf.d/bulkhead.conf": "[Resolve]\nResolveUnicastSingleLabel=yes\n",
     "etc/systemd/network/80-ethernet.network": _NETWORK,
     "etc/systemd/system/systemd-networkd-wait-online.service.d/bulkhead.conf": _ONLINE,
     "etc/fstab": "LABEL=root / ext4 errors=remount-ro 0 1\n"

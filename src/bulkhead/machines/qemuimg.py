@@ -8,7 +8,7 @@ header says; no other file of the host is there to be opened.
 import json
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from bulkhead.errors import Invalid, Unavailable
 from bulkhead.machines import foreign
@@ -105,7 +105,7 @@ class QemuImg:
         words = ["snapshot", "-q", "--image-opts", act, name, _options(base, readonly=False)]
         await self._do(words, [(path, True), *_under(base)], f"the snapshot {name}")
 
-    async def snapshots(self, path: str) -> list[dict[str, object]]:
+    async def snapshots(self, path: str) -> list[dict[str, Any]]:
         """What snapshots are inside `path`, as qemu-img lists them."""
         words = ["info", "-U", "--output=json", "-f", "qcow2", _FIRST]
         text = await self._do(words, [(path, False)], "listing snapshots")
