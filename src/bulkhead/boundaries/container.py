@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from signal import SIGKILL
 from typing import Any, TypeVar
 
-from bulkhead.boundaries import container_copyup, container_idmap
+from bulkhead.boundaries import container_copyup, container_held, container_idmap
 from bulkhead.boundaries.container_exec import exec_template
 from bulkhead.boundaries.container_plan import Ground, plan_launch
 from bulkhead.boundaries.container_process import candidates
@@ -201,7 +201,7 @@ class Container:
         ready: Reserved | None = None,
     ) -> None:
         self._ready = ready
-        self._root: OwnedFd | None = None
+        self._held: list[OwnedFd] = []
         self.boundary = boundary
         self.bundle = bundle
         self.group = group
@@ -221,9 +221,8 @@ class Container:
         """Run the configured process; LaunchFailed and its kinds name the step that failed."""
         if self._running():
             raise Conflict(f"container {self.bundle.id} is already running")
-        if self._root is not None:
-            before, self._root = self._root, None
-            await _in_thread(before.close)
+        if self._held:
+            await _in_thread(lambda: container_held.let_go(self._held))
         with contextlib.ExitStack() as undo:
             prepared = container_copyup.prepare(self.bundle, undo)
             prepared |= await self._prepare_mapped(undo)
@@ -238,7 +237,7 @@ class Container:
             request = self._launch_request(stdio, undo, prepared)
             launched = await self.boundary.launcher.launch(request)
             unmount.pop_all()
-        self._root = root
+        self._held = container_held.hold(self.bundle, root, launched)
         self._pid = launched.pid
         self._started = 0
         self._pidfd = launched.pidfd
@@ -431,9 +430,7 @@ class Container:
         ready, self._ready = self._ready, None
         if ready is not None:
             ready.close()
-        root, self._root = self._root, None
-        if root is not None:
-            root.close()  # writes the upper layer back
+        container_held.let_go(self._held)  # writes the upper layer back
         pidfd_, self._pidfd = self._pidfd, None
         if pidfd_ is not None:
             pidfd_.close()

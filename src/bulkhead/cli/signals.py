@@ -4,26 +4,32 @@ In a worker of the command server they come from the client, which forwards what
 (cli/server.py makes real signals of them), so that this works in both.
 """
 
+import importlib
 import os
 import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
-FORWARDED: tuple[int, ...] = (
-    signal.SIGHUP,
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGALRM,
-    signal.SIGTERM,
-    signal.SIGCONT,
-    signal.SIGWINCH,
+FORWARDED: tuple[int, ...] = tuple(
+    map(
+        int,
+        (
+            signal.SIGHUP,
+            signal.SIGINT,
+            signal.SIGQUIT,
+            signal.SIGUSR1,
+            signal.SIGUSR2,
+            signal.SIGALRM,
+            signal.SIGTERM,
+            signal.SIGCONT,
+            signal.SIGWINCH,
+        ),
+    )
 )
 
 
-# Without the conversions to enumerations, which cost more than the system call.
-_set: Callable[[int, Any], object] = getattr(signal.signal, "__wrapped__", signal.signal)
+# Below the conversions to enumerations, which cost more than the system calls.
+_set: Callable[[int, Any], object] = importlib.import_module("_signal").signal
 
 
 def _nothing(number: int, frame: object) -> None:

@@ -12,6 +12,9 @@ _PIDFD_INFO_EXIT = 1 << 3
 _PIDFD_GET_INFO = 0xC000FF0B | _INFO.size << 16
 """_IOWR(0xFF, 11, struct pidfd_info) of linux/pidfd.h, first version's size."""
 
+_PIDFD_GET_MNT_NAMESPACE = 0xFF03
+"""_IO(0xFF, 3) of linux/pidfd.h: a descriptor of the process's mount namespace (Linux 6.11)."""
+
 
 def open_process(pid: int) -> OwnedFd:
     """A descriptor for process `pid`; ProcessLookupError if there is none."""
@@ -28,6 +31,14 @@ def ended(pidfd: OwnedFd | int) -> bool:
     poller = select.poll()
     poller.register(int(pidfd), select.POLLIN)
     return bool(poller.poll(0))
+
+
+def mount_namespace(pidfd: OwnedFd | int) -> OwnedFd | None:
+    """The mount namespace of a process; None if it has ended or the kernel is older than 6.11."""
+    try:
+        return OwnedFd(fcntl.ioctl(int(pidfd), _PIDFD_GET_MNT_NAMESPACE))
+    except OSError:
+        return None
 
 
 def exit_status(pidfd: OwnedFd | int) -> int | None:
