@@ -106,8 +106,8 @@ _FLAG = re.compile(r"^ {2,6}(?:-(?P<short>\w), )? *--(?P<long>[\w-]+)(?P<value> 
 
 _OURS_ALONE = frozenset(
     (
-        "image bootstrap", "explain", "doctor", "serve", "completion", "system shutdown", "system reservations",
-        "search",
+        "image bootstrap", "explain", "doctor", "serve", "completion", "system shutdown", "search",
+        "system reservations", "export-workload", "import-workload",
         "kernel add", "kernel ls", "kernel pull", "kernel rm",
     )
 )  # fmt: skip

@@ -65,6 +65,33 @@ def export(context: Context, parsed: Parsed) -> None:
         context.call("workload.export", {"id": parsed.args[0]}, (fd,))
 
 
+def export_workload(context: Context, parsed: Parsed) -> None:
+    """`bulkhead export-workload`."""
+    with _Output(parsed["output"], "export") as fd:
+        found = context.call("workload.pack", {"id": parsed.args[0]}, (fd,))
+    for source in found["Left"]:
+        context.err(f"WARNING: {source} is a folder of this host and was left out")
+
+
+def import_workload(context: Context, parsed: Parsed) -> None:
+    """`bulkhead import-workload FILE|-`."""
+    fd = 0 if parsed.args[0] == "-" else _open(parsed.args[0])
+    params: dict[str, Any] = {
+        "name": parsed["name"],
+        "boundary": parsed["boundary"],
+        "kernel": parsed["kernel"],
+        "trust": parsed["trust"],
+    }
+    try:
+        made = context.call("workload.unpack", params, (fd,))
+    finally:
+        if fd:
+            os.close(fd)
+    for warning in made["Warnings"]:
+        context.err(f"WARNING: {warning}")
+    context.out(made["Id"])
+
+
 def _open(path: str) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -211,6 +238,26 @@ COMMANDS = {
         "export", "Export a container's filesystem as a tar archive", export,
         arguments="CONTAINER", options=(_OUTPUT,), least=1, most=1,
         examples=("bulkhead export -o web.tar web",), completes="container",
+    ),
+    "export-workload": Command(
+        "export-workload", "Write a stopped container, with image and volumes, to a file",
+        export_workload, arguments="CONTAINER", options=(_OUTPUT,), least=1, most=1,
+        examples=("bulkhead export-workload -o db.workload db",), completes="container",
+    ),
+    "import-workload": Command(
+        "import-workload", "Take in a container that export-workload wrote", import_workload,
+        arguments="FILE|-",
+        options=(
+            Option("--name", "string", "Another name for it"),
+            Option("--boundary", "string", "Another boundary for it"),
+            Option("--kernel", "string", "Another guest kernel for it"),
+            Option("--trust", "bool", "Accept what reaches the host: folders, devices, powers"),
+        ),
+        least=1, most=1, completes="file",
+        examples=(
+            "bulkhead import-workload db.workload",
+            "bulkhead import-workload --boundary microvm --name db2 db.workload",
+        ),
     ),
     "commit": Command(
         "commit", "Create a new image from a container's changes", commit,
