@@ -360,8 +360,9 @@ def test_older_versions_of_the_api(here: Api) -> None:
             assert old.containers.run("busybox", ["echo", "old"], remove=True) == b"old\n"
             image = old.images.list()[0].attrs
             assert ("VirtualSize" in image) == (version < "1.44")
-    with here.client("1.24") as ancient, pytest.raises(APIError, match="too old"):
-        ancient.containers.list()
+    with here.client("1.24") as ancient:
+        assert ancient.api.get(f"{ancient.api.base_url}/v1.20/info").status_code == 400
+        assert ancient.info()["Driver"]
     with here.client("1.99") as future, pytest.raises(APIError, match="too new"):
         future.containers.list()
 

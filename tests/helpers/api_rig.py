@@ -69,9 +69,16 @@ class Api:
                 gc.collect()
 
     def descriptors(self) -> int:
-        """How many descriptors the engine has open."""
+        """How many the engine has open for clients: pipes, hang-up watches, connections."""
         assert self.rig.process is not None
-        return len(os.listdir(f"/proc/{self.rig.process.pid}/fd"))
+        folder = f"/proc/{self.rig.process.pid}/fd"
+        count = 0
+        for name in os.listdir(folder):
+            with contextlib.suppress(FileNotFoundError):
+                link = os.readlink(f"{folder}/{name}")
+                count += link.startswith("pipe:") or "eventpoll" in link
+        connections = Path("/proc/net/unix").read_text().splitlines()
+        return count + sum(line.endswith(f" {self.path}.new") for line in connections)
 
 
 def archive(folder: Path) -> Path:

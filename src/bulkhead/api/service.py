@@ -44,6 +44,8 @@ PARTS = (
 """The modules that add routes."""
 
 MAXIMUM, MINIMUM = (1, 50), (1, 40)
+OLDEST = (1, 22)
+"""Clients that ask for less than the minimum get its answers: skopeo asks for 1.22 always."""
 MAX_CONNECTIONS = 2048
 _VERSION = re.compile(r"/v(\d{1,4})\.(\d{1,4})(?=/|$)")
 
@@ -61,12 +63,12 @@ def version_of(path: str) -> tuple[tuple[int, int], str]:
                 *MAXIMUM
             )
         )
-    if asked < MINIMUM:
+    if asked < OLDEST:
         raise Invalid(
             f"client version {given} is too old. Minimum supported API version is "
             "{}.{}, please upgrade your client to a newer version".format(*MINIMUM)
         )
-    return asked, path[match.end() :] or "/"
+    return max(asked, MINIMUM), path[match.end() :] or "/"
 
 
 class Service:
