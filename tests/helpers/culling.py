@@ -4,10 +4,10 @@ import contextlib
 import os
 import select
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
-from tests.helpers.installation import Installation
 from tests.helpers.waiting import DEADLINE_S
 
 PARTS = {
@@ -20,7 +20,16 @@ PARTS = {
 """A word of each part's command line; all name the run directory, too."""
 
 
-def pids(here: Installation, part: str) -> list[int]:
+class Running(Protocol):
+    """Something with a run directory."""
+
+    @property
+    def run(self) -> Path:
+        """The directory."""
+        ...
+
+
+def pids(here: Running, part: str) -> list[int]:
     """The processes of one of PARTS; zombies aside."""
     found = []
     for entry in Path("/proc").iterdir():
@@ -33,19 +42,25 @@ def pids(here: Installation, part: str) -> list[int]:
 
 
 @contextlib.contextmanager
-def aimed(here: Installation, *parts: str) -> Iterator[Callable[[], int]]:
+def aimed(here: Running, *parts: str) -> Iterator[Callable[[], int]]:
     """A function that kills all processes that `parts` have now, as nearly at once as can be.
 
     It waits until they are gone with all their threads, and says how many it has killed.
     """
+    with aimed_at([pid for part in parts for pid in pids(here, part)]) as fire:
+        yield fire
+
+
+@contextlib.contextmanager
+def aimed_at(targets: Iterable[int]) -> Iterator[Callable[[], int]]:
+    """Likewise for these processes."""
     handles = []
     with contextlib.ExitStack() as undo:
-        for part in parts:
-            for pid in pids(here, part):
-                with contextlib.suppress(ProcessLookupError):
-                    handle = os.pidfd_open(pid)
-                    undo.callback(os.close, handle)
-                    handles.append((pid, handle))
+        for pid in targets:
+            with contextlib.suppress(ProcessLookupError):
+                handle = os.pidfd_open(pid)
+                undo.callback(os.close, handle)
+                handles.append((pid, handle))
 
         def fire() -> int:
             killed = 0
@@ -60,7 +75,7 @@ def aimed(here: Installation, *parts: str) -> Iterator[Callable[[], int]]:
         yield fire
 
 
-def kill(here: Installation, *parts: str) -> int:
+def kill(here: Running, *parts: str) -> int:
     """SIGKILL all processes of `parts`, and wait until they are gone; how many there were."""
     with aimed(here, *parts) as fire:
         return fire()

@@ -20,6 +20,7 @@ CALLS: tuple[tuple[str, str], ...] = (
     ("getxattr listxattr setxattr removexattr", "a few extended attributes"),
     ("mmap munmap mremap mprotect madvise brk getrandom", "memory"),
     ("execve arch_prctl set_tid_address set_robust_list rseq prlimit64 uname umask", "its start"),
+    ("prctl", "the death signal is cleared by it: a server outlives the holder"),
     ("rt_sigaction rt_sigprocmask rt_sigreturn tgkill getpid gettid exit exit_group", "its end"),
 )
 """System calls, with the reason."""

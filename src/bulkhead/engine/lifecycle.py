@@ -218,6 +218,8 @@ class Lifecycle:
         if status is None:
             record.error = "exit code unknown: the process's parent was killed"
         instance: object = workload.instance
+        if isinstance(instance, Secluded) and (failure := instance.failure()):
+            record.error = f"the guest failed: {failure}"
         if isinstance(instance, Measured) and instance.oom_kills() > 0:
             record.oom_killed = True
             inside = instance.inside_kills() if isinstance(instance, Secluded) else 0

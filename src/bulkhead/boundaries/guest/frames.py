@@ -61,6 +61,7 @@ class Type(enum.IntEnum):
     FUSE_MOUNT = 9
     FUSE_REPLY = 10
     SHUTDOWN = 11
+    ADOPT = 12
     GUEST_HELLO = 64
     STARTED = 65
     FAILED = 66
@@ -178,13 +179,13 @@ def failure(frame: Frame, steps: Steps) -> LaunchFailed:
     if kind == _REFUSED:
         what, _, console = text.decode("utf-8", "replace").partition("\0")
         known = frame.arg in errno.errorcode and not console
-        reason = f" ({os.strerror(frame.arg)})" if known else _last_words(console)
+        reason = f" ({os.strerror(frame.arg)})" if known else last_words(console)
         message = f"the guest's init refused: {what}{reason}" if frame.id else f"{what}{reason}"
         return LaunchFailed(message, step="run in the guest", errno=frame.arg)
     return launch_failure(kind, step, frame.arg, text, steps, no_interpreter=bool(no_interpreter))
 
 
-def _last_words(console: str) -> str:
+def last_words(console: str) -> str:
     """The last two lines of a guest's console, fit to be shown, as the end of a sentence."""
     printable = "".join(c if c.isprintable() or c == "\n" else " " for c in console)
     lines = [line.strip() for line in printable.splitlines() if line.strip()]
