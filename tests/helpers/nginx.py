@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,9 @@ NGINX = "debian-nginx:bookworm"
 MAKERS = ("apt.py", "bootstrap.py")
 
 
-def _key() -> str:
-    code = [(SOURCE / "bulkhead/images" / name).read_text() for name in MAKERS]
-    return hashlib.sha256("\0".join([SUITE, *PACKAGES, NGINX, *code]).encode()).hexdigest()[:16]
+def _key(packages: Sequence[str], name: str) -> str:
+    code = [(SOURCE / "bulkhead/images" / file).read_text() for file in MAKERS]
+    return hashlib.sha256("\0".join([SUITE, *packages, name, *code]).encode()).hexdigest()[:16]
 
 
 def can_bootstrap() -> None:
@@ -45,19 +46,23 @@ def can_bootstrap() -> None:
 
 def nginx_archive() -> Path:
     """An OCI archive of the image NGINX; made if it is not there (about a minute)."""
-    target = CACHE / f"nginx-{_key()}.tar"
+    return archive("nginx", PACKAGES, NGINX)
+
+
+def archive(kind: str, packages: Sequence[str], name: str) -> Path:
+    """An OCI archive of the image `name`, Debian with `packages`; made if it is not there."""
+    target = CACHE / f"{kind}-{_key(packages, name)}.tar"
     CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "nginx.lock").open("w") as lock:
+    with (CACHE / f"{kind}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             can_bootstrap()
-            with tempfile.TemporaryDirectory(prefix="bh-nginx-", dir="/var/tmp") as folder:
+            with tempfile.TemporaryDirectory(prefix=f"bh-{kind}-", dir="/var/tmp") as folder:
                 made = Path(folder, "image.tar")
                 with installation(Path(folder)) as here:
-                    packages = ",".join(PACKAGES)
-                    here.cli("image", "bootstrap", SUITE, "--include", packages).ok()
-                    here.cli("tag", SUITE, NGINX).ok()
-                    here.cli("save", "-o", str(made), NGINX).ok()
+                    here.cli("image", "bootstrap", SUITE, "--include", ",".join(packages)).ok()
+                    here.cli("tag", SUITE, name).ok()
+                    here.cli("save", "-o", str(made), name).ok()
                 near = target.with_suffix(".new")
                 shutil.copyfile(made, near)
                 near.rename(target)
