@@ -107,5 +107,3 @@ def _answer(sock: socket.socket, lease: dhcp.Lease) -> None:
             if reply is not None:
                 with contextlib.suppress(OSError):
                     sock.sendto(reply, ("255.255.255.255", dhcp.CLIENT))
-
-

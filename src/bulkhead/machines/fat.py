@@ -117,9 +117,10 @@ def write(
     table = struct.pack(f"<{len(volume.table)}H", *volume.table)
     table = table.ljust(volume.table_sectors * _SECTOR, b"\0")
     volume.at(1, table + table + entries.ljust(_ROOT_ENTRIES * 32, b"\0"))
-    out.seek(0, 2)
-    if out.tell() < offset + volume.sectors * _SECTOR:
-        out.truncate(offset + volume.sectors * _SECTOR)
+    end = offset + volume.sectors * _SECTOR
+    if out.seek(0, 2) < end:
+        out.seek(end - 1)
+        out.write(b"\0")
 
 
 def _boot_sector(volume: _Volume, serial: int) -> bytes:
