@@ -76,6 +76,7 @@ OUT_OF_PLACE: list[tuple[str, bytes]] = [
     ("a late failure", frames.encode(Type.FAILED, MAIN, 2, bytes(12))),
     ("a short failure", frames.encode(Type.FAILED, MAIN, 2, bytes(3))),
     ("the end of nobody", frames.encode(Type.EXITED, 77, 0)),
+    ("an end with a story", frames.encode(Type.EXITED, MAIN, 0, bytes(5))),
     ("no wait status", frames.encode(Type.EXITED, MAIN, 1 << 16)),
     ("an end of no stream", frames.encode(Type.EOF, MAIN, 3)),
     ("credit for nothing", frames.encode(Type.GUEST_CREDIT, MAIN, 1)),

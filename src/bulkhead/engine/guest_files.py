@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from bulkhead.engine.core import Engine
 
 _T = TypeVar("_T")
-_MOST = 1 << 20
+MOST = 1 << 20
 """Files with several names, and files in a list of changes, that are remembered."""
 _GENERATED = frozenset({b"etc/hosts", b"etc/hostname", b"etc/resolv.conf"})
 _MOUNTED = frozenset({"/dev", "/proc", "/sys", "/etc/hosts", "/etc/hostname", "/etc/resolv.conf"})
@@ -210,7 +210,7 @@ async def get(
         found.update(_described(first, directory, last))
         top = os.fsencode(last or posixpath.basename(directory))
         with take() as out:
-            chunks(tar(reader, _renamed(first, entries, top)), int(out))
+            chunks(tar(reader, renamed(first, entries, top)), int(out))
 
     with _explained(name, path):
         await with_interior(engine, workload, lambda inside: inside.get(directory, last, handle))
@@ -219,7 +219,7 @@ async def get(
     return found
 
 
-def _renamed(first: Entry, rest: Iterator[Entry], top: bytes) -> Iterator[Entry]:
+def renamed(first: Entry, rest: Iterator[Entry], top: bytes) -> Iterator[Entry]:
     """Entries below `top`, the first being that itself; b"" for the root: a place without name."""
     first.path = top or b"."
     yield first
@@ -245,8 +245,8 @@ def tar(reader: tree.Reader, entries: Iterable[Entry], *, layer: bool = False) -
             continue  # a socket without its process means nothing
         link, hard = b"", False
         if not entry.is_directory and entry.nlink > 1:
-            if len(links) >= _MOST:
-                raise Invalid(f"more than {_MOST} files have several names")
+            if len(links) >= MOST:
+                raise Invalid(f"more than {MOST} files have several names")
             link = links.setdefault(entry.inode, entry.path)
             hard = link != entry.path
         if not hard:
@@ -360,8 +360,8 @@ async def changes(engine: "Engine", workload: Workload) -> list[dict[str, Any]]:
         found = []
         for entry in _layer(reader):
             found.append(entry)
-            if len(found) > _MOST:
-                raise Invalid(f"more than {_MOST} files have changed")
+            if len(found) > MOST:
+                raise Invalid(f"more than {MOST} files have changed")
         return found
 
     with _explained(workload.record.name, "/"):
@@ -403,7 +403,8 @@ def _layer(reader: tree.Reader) -> Iterator[Entry]:
             yield entry
 
 
-def _committed(reader: tree.Reader) -> Iterator[Entry]:
+def committed(reader: tree.Reader) -> Iterator[Entry]:
+    """The entries of a writable layer, without the empty places of the engine's files."""
     for entry in _layer(reader):
         empty = stat.S_ISREG(entry.mode) and not entry.size
         if not (entry.path in _GENERATED and empty):
@@ -415,7 +416,7 @@ async def commit(
 ) -> Image:
     """The image that `make` makes of the writable layer's archive; `pause`: it stands still."""
     handle: Callable[[tree.Reader], Image] = lambda reader: make(  # noqa: E731
-        tar(reader, _committed(reader), layer=True)
+        tar(reader, committed(reader), layer=True)
     )
     freeze = pause and workload.running
     with _explained(workload.record.name, "/"):

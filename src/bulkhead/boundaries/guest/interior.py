@@ -72,7 +72,7 @@ class Interior:
     def put(self, directory: str, write: Callable[[Sink], None], *, keep_kinds: bool) -> None:
         """Write below `directory` what `write` encodes (tree.encode), up to tree.END."""
         arguments = ["put", self._root, directory, str(int(keep_kinds))]
-        reading, writing = (OwnedFd(fd) for fd in os.pipe2(os.O_CLOEXEC))
+        reading, writing = link.pipe()
         failures: list[BaseException] = []
 
         def feed() -> None:
@@ -110,7 +110,7 @@ class Interior:
     ) -> _T:
         with contextlib.ExitStack() as undo:
             connection = undo.enter_context(self._link(_SILENT_S))
-            reading, writing = (undo.enter_context(OwnedFd(fd)) for fd in os.pipe2(os.O_CLOEXEC))
+            reading, writing = (undo.enter_context(fd) for fd in link.pipe())
             if stdin is None:
                 stdin = undo.enter_context(OwnedFd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)))
             connection.tool(arguments, int(stdin), int(writing), main=self._main)

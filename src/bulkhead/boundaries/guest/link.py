@@ -161,6 +161,12 @@ def _tool(arguments: Sequence[str], *, main: bool) -> _Compiled:
     return _Compiled(compiled.data, compiled.steps)
 
 
+def pipe() -> tuple[OwnedFd, OwnedFd]:
+    """A pipe's ends, for reading and for writing."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    return OwnedFd(reading), OwnedFd(writing)
+
+
 class Patient:
     """A pipe's reading end as a file whose reads fail if nothing comes for `timeout_s`."""
 

@@ -191,8 +191,8 @@ def encode(entry: Entry, *, hard: bool = False) -> bytes:
     seconds, nanoseconds = divmod(entry.mtime_ns, 10**9)
     head = _HEAD.pack(
         entry.mode, entry.uid, entry.gid, *entry.device, entry.nlink, HARD if hard else 0,
-        len(entry.path), len(entry.link), len(attributes), entry.size, seconds, 0, 0, nanoseconds,
-        0,
+        len(entry.path), len(entry.link), len(attributes), entry.size, seconds, entry.inode[1],
+        entry.inode[0], nanoseconds, 0,
     )  # fmt: skip
     return head + entry.path + entry.link + attributes
 
