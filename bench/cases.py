@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench import cases_api
 from bench.measure import interleaved, memory_kib, output, pss_kib, timed
 from bench.peers import Docker, Ours, busybox_root, bwrap_command, oci_bundle
 
@@ -371,4 +372,5 @@ CASES: dict[str, Callable[[Rig], Result]] = {
     "port": port,
     "syscalls": syscalls,
     "churn": churn,
+    **cases_api.CASES,
 }

@@ -35,4 +35,11 @@ TARGETS: tuple[Target, ...] = (
     Target("open.native", "open+close in a container / native", 1.1),
     Target("getppid.docker", "getppid in a container / in docker's", 1.0),
     Target("open.docker", "open+close in a container / in docker's", 1.0),
+    Target("api.run", "docker's CLI, `run --rm IMAGE true` / against dockerd", 1 / 5),
+    Target("api.cycle", "docker-py create+start+wait+remove, times as fast", 20, True),
+    Target("api.ps", "list of 500 containers / dockerd's", 1.0),
+    Target("api.inspect", "inspect among 500 / dockerd's", 1.0),
+    Target("api.images", "list of images / dockerd's", 1.0),
+    Target("api.logs", "lines a second through `docker run` / through dockerd", 1.0, True),
+    Target("api.load", "docker load / into dockerd", 0.5),
 )
