@@ -112,8 +112,8 @@ def test_the_data_stays_when_the_boundary_changes(rig: Rig, left: list[str], bou
 
 def test_every_boundary_has_left_its_lines(rig: Rig, left: list[str]) -> None:
     """Both volumes as the host sees them at the end."""
-    mounts = {"Binds": ["pages:/site:ro"], "config": {"Image": IMAGE}}
-    done = rigs.run(rig, ["sh", "-c", "ls /site/pages; cat /site/access.log"], **mounts)
+    command = ["sh", "-c", "ls /site/pages; cat /site/access.log"]
+    done = rigs.run(rig, command, Binds=["pages:/site:ro"], config={"Image": IMAGE})
     for boundary in left:
         assert boundary.encode() in done.out.split()
         assert f"GET /{boundary} ".encode() in done.out

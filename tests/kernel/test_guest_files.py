@@ -4,7 +4,9 @@ import fcntl
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,12 +22,11 @@ BATTERY = file_battery.__file__
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A directory that everybody may pass through."""
-    for parent in (tmp_path, *list(tmp_path.parents)[:3]):
-        if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
-            parent.chmod(parent.stat().st_mode | 0o011)
-    return tmp_path
+def folder() -> Iterator[Path]:
+    """A directory that everybody may pass through, which pytest's own are not."""
+    with tempfile.TemporaryDirectory(prefix="bh-files-", dir="/var/tmp") as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
 
 
 def _shared(folder: Path, script: str, **more: object) -> tuple[int, bytes, bytes, Path]:

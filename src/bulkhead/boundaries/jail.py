@@ -14,13 +14,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
 from bulkhead.boundary.seam import Bundle, Rootfs
 from bulkhead.errors import Unsupported
 from bulkhead.home import Home
+from bulkhead.isolation import mounts
 from bulkhead.linux import elf
 from bulkhead.oci.runtime import (
     Capabilities,
@@ -42,6 +43,7 @@ from bulkhead.oci.runtime import (
 DISKS = 32
 FIRST_FD = 10
 """The number of the first descriptor that a jail's process is given."""
+_FILES_BYTES = 16 << 20
 _FIRST_UID = 0x70000000
 _FOLDERS = ("dev", "tmp", "run", "disks")
 
@@ -219,11 +221,20 @@ def _spec(bundle: Bundle, jail: Jail) -> Spec:
         linux=Linux(
             namespaces=isolated(bundle.spec.linux),
             cgroups_path=bundle.spec.linux.cgroups_path,
-            resources=resources(bundle.spec.linux.resources, jail),
+            resources=resources(bundle.spec.linux.resources, with_files(bundle, jail)),
             devices=list(jail.devices),
             seccomp=jail.seccomp,
         ),
     )
+
+
+def with_files(bundle: Bundle, jail: Jail) -> Jail:
+    """With room for the file server, which keeps some 150 bytes for each file the guest knows."""
+    own = f"{bundle.directory}/"
+    if not any(mounts.is_bind(m) and not m.source.startswith(own) for m in bundle.spec.mounts):
+        return jail
+    more = _FILES_BYTES + jail.guest_bytes // 6
+    return replace(jail, overhead_bytes=jail.overhead_bytes + more, tasks=jail.tasks + 1)
 
 
 def isolated(linux: Linux) -> list[Namespace]:

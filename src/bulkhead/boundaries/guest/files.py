@@ -36,13 +36,13 @@ NAME = "files"
 """The launcher knows the server as "ID/files"."""
 MOST = 48
 """Sources of one guest; the server's own limit is higher."""
-OVERHEAD = 48 << 20
-"""Bytes that a server may use at most, without what the host caches of files."""
 _SHARED = "250"
 """For how long, in ms, a guest may believe what it has seen of files that others may change."""
 _OWN = "5000o"
 """Likewise of those that nobody else writes, whose locks are its own affair (files.c)."""
-_NODES = 1 << 17
+_LEAST_NODES = 1 << 17
+_NODE_BYTES = 1024
+"""Of a guest's own memory that it needs to know a file: so many it can know at most."""
 _FILES = 20480
 """Descriptors of a server: for open files, locks, and some 2000 for what was looked up."""
 _SOCKET_BYTES = 1 << 20
@@ -98,10 +98,12 @@ class Shares:
     def __bool__(self) -> bool:
         return bool(self.sources)
 
-    async def serve(self, inner: Container, roots: Roots, program: str) -> OwnedFd:
+    async def serve(
+        self, inner: Container, roots: Roots, program: str, memory_bytes: int
+    ) -> OwnedFd:
         """Start the server, in the control group of `inner`: the socket for the monitor.
 
-        It ends when that is closed.
+        It ends when that is closed. `memory_bytes` is the guest's size.
         """
         directory = f"{self.bundle.directory}/files"
         ours, theirs = socket.socketpair()
@@ -111,9 +113,12 @@ class Shares:
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
             self._skeleton(f"{directory}/shares")
             root = roots.make(NAME, {PROGRAM: program})
+            nodes = max(_LEAST_NODES, memory_bytes // _NODE_BYTES)
             bundle = Bundle(
                 id=f"{self.bundle.id}/{NAME}",
-                spec=self._spec(f"{directory}/shares"),
+                spec=self._spec(
+                    f"{directory}/shares", max(_LEAST_NODES, memory_bytes // _NODE_BYTES)
+                ),
                 rootfs=Rootfs(directory=root.directory),
                 directory=directory,
                 fds=(theirs.fileno(),),
@@ -134,7 +139,7 @@ class Shares:
             if not source.directory:
                 os.close(os.open(f"{directory}/{number}/file", os.O_CREAT | os.O_CLOEXEC, 0o444))
 
-    def _spec(self, skeleton: str) -> Spec:
+    def _spec(self, skeleton: str, nodes: int) -> Spec:
         shares = [
             f"{plan.FIRST_SHARE + number}=/run/{number}:{source.valid}"
             for number, source in enumerate(self._found.values())
@@ -151,7 +156,7 @@ class Shares:
             root=Root(path="rootfs", readonly=True),
             hostname="files",
             process=Process(
-                args=[PROGRAM, str(_FD), str(_NODES), *shares],
+                args=[PROGRAM, str(_FD), str(nodes), *shares],
                 env=[],
                 user=User(uid=0, gid=0),
                 capabilities=Capabilities(

@@ -24,7 +24,8 @@ import msgspec
 from bulkhead import _native
 from bulkhead.boundaries import jail
 from bulkhead.boundaries.container import Container, ContainerBoundary
-from bulkhead.boundaries.guest import files, link, plan
+from bulkhead.boundaries.guest import files, link, plan, resuming
+from bulkhead.boundaries.guest.frames import last_words
 from bulkhead.boundaries.guest.interior import Interior
 from bulkhead.boundaries.guest.report import INSIDE, Report
 from bulkhead.boundary.registry import Services
@@ -86,6 +87,16 @@ class GuestBoundary(ABC):
     def prepare(self, bundle: Bundle, *, terminal: bool) -> Prepared:
         """Disks, kernel, root of the jail, command line; runs in a thread."""
 
+    def save(self, bundle: Bundle, pid: int, directory: str) -> None:
+        """Write the running machine in the jail of process `pid` to `directory`; in a thread.
+
+        Unsupported where that cannot be done.
+        """
+        raise Unsupported(
+            f"a running workload behind the boundary {self.name} cannot be saved: commit saves "
+            "its files, --boundary microvm can be saved with its memory"
+        )
+
     async def ready(self, bundle: Bundle) -> None:
         """What a start of `bundle` needs and no thread can make; before `prepare`."""
         return
@@ -118,7 +129,13 @@ class Guest:
     # --- seam ------------------------------------------------------------------------------
 
     async def start(self, stdio: Stdio) -> Launched:
-        """Boot the guest and run the configured process in it."""
+        """Boot the guest and run the configured process in it, or go on with a saved one."""
+        if self.bundle.saved:
+            return await self._boot(
+                stdio,
+                lambda machine: resuming.resume(self.bundle, machine, terminal=stdio.terminal),
+                shared=False,
+            )
         await self.boundary.ready(self.bundle)
         return await self._boot(
             stdio,
@@ -169,7 +186,8 @@ class Guest:
             options = prepared.options
             if shares:
                 program = native_program("bulkhead-files")
-                served = await shares.serve(self.inner, self.boundary.roots, program)
+                size = prepared.jail.guest_bytes
+                served = await shares.serve(self.inner, self.boundary.roots, program, size)
                 undo.callback(served.close)
                 options += ("--files-fd", str(jail.FIRST_FD + len(fds)))
                 fds += (int(served),)
@@ -271,9 +289,26 @@ class Guest:
         with contextlib.suppress(Unavailable):
             await asyncio.to_thread(self._set_clock)
 
+    async def snapshot(self, directory: str) -> None:
+        """Save the guest as it runs, and its disk, in `directory`; it stands still meanwhile.
+
+        Unsupported where that cannot be done, Unavailable if it did not succeed.
+        """
+        await asyncio.to_thread(lambda: self._snapshot(directory))
+
+    def _snapshot(self, directory: str) -> None:
+        pid = self._running()
+        with contextlib.ExitStack() as undo:
+            connection = undo.enter_context(link.Link(pid))
+            connection.set_up(link.settings([(resuming.FREEZE, "1")]))
+            undo.callback(connection.set_up, link.settings([(resuming.FREEZE, "0")]))
+            self.boundary.save(self.bundle, pid, directory)
+
     def _set_clock(self) -> None:
         with link.Link(self._running()) as connection:
             connection.set_up(link.clock(time.time_ns()))
+            # An engine that died while it saved the guest has left it frozen from inside.
+            connection.set_up(link.settings([(resuming.FREEZE, "0")]))
 
     async def update(self, resources: Resources) -> None:
         """Apply changed limits: of memory and tasks in the guest too, of processors outside.
@@ -285,7 +320,7 @@ class Guest:
         wanted = dataclasses.replace(self.bundle, spec=spec)
         shape = self.boundary.shape(wanted, terminal=False)
         await asyncio.to_thread(self._update_inside, resources)
-        limited = jail.resources(resources, shape)
+        limited = jail.resources(resources, jail.with_files(self.bundle, shape))
         limited.memory = None
         await self.inner.update(limited)
 
@@ -323,11 +358,24 @@ class Guest:
 
     def inside_kills(self) -> int:
         """How many processes the guest's own kernel had killed for want of memory when it ended."""
-        try:
-            found = json.loads(_noted(self._reports, "detail") or "{}").get("oom_kills", 0)
-        except (ValueError, AttributeError):
-            return 0
+        found = self._detail().get("oom_kills", 0)
         return found if isinstance(found, int) and found > 0 else 0
+
+    def failure(self) -> str:
+        """Why the guest itself failed, with its console's last words; "" if it did not."""
+        detail = self._detail()
+        text, console = detail.get("text"), detail.get("console")
+        if detail.get("reason") != "failed" or not isinstance(text, str):
+            return ""
+        return text[:200] + last_words(console if isinstance(console, str) else "")
+
+    def _detail(self) -> dict[str, Any]:
+        """What the monitor wrote at its end, or nothing. It is believed no more than the guest."""
+        try:
+            found = json.loads(_noted(self._reports, "detail") or "{}")
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def memory(self) -> int:
         """Bytes of memory that the guest was started with, 0 if that is not known."""
