@@ -4,8 +4,9 @@
  * A thread of ours waits at the socket BULKHEAD_CAPTURE names. A client sends one byte with the
  * file to write to:
  *     T   write the image; the process has no more to do and is ended by whoever asked
- *     S   stop the machine (over the control socket's other end, BULKHEAD_CONTROL), write, go on
- * The answer is a byte 0, or 1 and a text.
+ *     S   stop the machine (over the control socket's other end, BULKHEAD_CONTROL), write, answer,
+ *         wait for one byte more or for the client's end, go on
+ * An answer is a byte 0, or 1 and a text; after S there are two.
  *
  * To write, every other thread is interrupted (SIGFPE: what QEMU's threads do not block, and no
  * correct program causes) and waits in the handler: the kernel has put its registers on its stack,
@@ -19,6 +20,7 @@
 #include <fcntl.h>
 #include <linux/futex.h>
 #include <linux/sched.h>
+#include <poll.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -28,6 +30,7 @@
 #define PARK SIGFPE
 #define MERGE 16 /* pages: smaller gaps are written with what is around them */
 #define CHUNK 256u
+#define PATIENCE_MS 60000
 
 struct old_action { void (*handler)(int, siginfo_t *, void *); uint64_t flags; void (*restorer)(void); uint64_t mask; };
 
@@ -188,7 +191,7 @@ static void add_memory(void)
         return;
     }
     for (const char *at = text; !problem && (at = next_map(at, &line));) {
-        if (starts(line.name, "[vsyscall]"))
+        if (starts(line.name, "[vsyscall]") || line.end <= OURS_END)
             continue;
         if (is_kernel_map(&line)) {
             add_run(line.start, line.end, 0, (uint32_t)(line.name[2] == 'd'), RUN_KERNEL);
@@ -420,6 +423,9 @@ static int tell(const char *line)
     if (raw6(SYS_sendto, control, (long)line, (long)size, MSG_NOSIGNAL, 0, 0) != (long)size)
         return -1;
     for (long n = 0;;) {
+        struct pollfd ready = {control, POLLIN, 0}; /* the socket may be one that does not block */
+        if (raw(SYS_poll, &ready, 1, PATIENCE_MS) <= 0)
+            return -1;
         long got = raw6(SYS_recvfrom, control, (long)(text + n), (long)sizeof text - n - 1, 0, 0, 0);
         if (got <= 0)
             return -1;
@@ -449,10 +455,11 @@ static _Noreturn void serve(void)
                 client = target = -1;
                 continue;
             }
-            const char *failure = problem;
-            if (command == 'S' && !stopped && tell("{\"execute\":\"cont\"}\n") && !failure)
-                failure = "QEMU does not go on";
-            answer(failure);
+            answer(problem);
+            if (command == 'S') {
+                raw6(SYS_recvfrom, client, (long)text, 1, 0, 0, 0);
+                answer(tell("{\"execute\":\"cont\"}\n") ? "QEMU does not go on" : NULL);
+            }
         }
         if (target >= 0)
             raw(SYS_close, target, 0, 0);

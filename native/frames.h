@@ -19,6 +19,7 @@
 #define PROTOCOL_VERSION 1u
 #define FRAME_MAX 65536u
 #define FLAG_MORE 1u
+#define HELLO_KEEP 0x80000000u /* in a HELLO's arg: the script's process goes on, see H_ADOPT */
 #define WINDOW (256u << 10)   /* bytes of a stream that may be under way without a CREDIT */
 #define MESSAGE_MAX (4u << 20) /* of a message put together from fragments */
 #define PROCESSES_MAX 256u
@@ -37,6 +38,7 @@ enum frame_type {
     H_FUSE_MOUNT,  /* id of the mount; payload target NUL options */
     H_FUSE_REPLY,  /* id of the mount; payload what is to be written to /dev/fuse */
     H_SHUTDOWN,    /* arg LINUX_REBOOT_CMD_*: end everything, write back, end the guest */
+    H_ADOPT,       /* payload struct run: the process of that id, of before a HELLO_KEEP, is ours */
     /* guest to host */
     G_HELLO = 64,  /* arg version; payload nonce, then release NUL version NUL machine */
     G_STARTED,     /* arg pid */

@@ -423,6 +423,40 @@ static void kill_all(void)
     }
 }
 
+/* A guest that was saved while it ran: its first process stays, what clients had begun ends. */
+static void keep_main(void)
+{
+    for (struct process *p = processes; p; p = p->next) {
+        if (p->mode != MODE_SETUP && p->id && p->id < FIRST_CLIENT_ID) {
+            p->credit[0] = p->credit[1] = 0; /* until somebody adopts it */
+            continue;
+        }
+        if (p->pid > 1 && !p->reaped)
+            kill(p->pid, SIGKILL);
+        p->silent = 1;
+        p->id = 0;
+    }
+}
+
+static void on_adopt(const struct frame *f)
+{
+    struct process *p = find(f->id);
+    if (setup_failed || !p || p->reaped || p->launching) {
+        refuse(f->id, setup_failed ? ECANCELED : ESRCH, setup_failed ? "an earlier set-up program failed" : "the process has ended");
+        return;
+    }
+    buffer_free(&p->input); /* what somebody else had typed */
+    p->input_ended = 0;
+    tell(p, G_STARTED, (uint32_t)p->pid);
+    for (uint32_t i = 0; i < 2; i++) {
+        p->credit[i] = WINDOW;
+        if (p->out[i] < 0 && (i == 0 || p->mode == MODE_PIPES))
+            tell(p, G_EOF, i + 1);
+    }
+    if (p->in < 0)
+        tell(p, G_EOF, 0);
+}
+
 static void on_hello(const struct frame *f, const char *bytes)
 {
     struct hello h;
@@ -432,7 +466,10 @@ static void on_hello(const struct frame *f, const char *bytes)
         return;
     memcpy(&h, bytes, sizeof h);
     memcpy(entropy.bytes, h.entropy, sizeof h.entropy);
-    kill_all();
+    if (f->arg & HELLO_KEEP)
+        keep_main();
+    else
+        kill_all();
     setup_failed = 0;
     for (struct pending *p; (p = pending); free(p))
         pending = p->next;
@@ -505,6 +542,8 @@ static void run_pending(void)
     pending = next->next;
     if (next->frame.type == H_RUN)
         on_run(&next->frame, next->bytes, next->frame.length);
+    else if (next->frame.type == H_ADOPT)
+        on_adopt(&next->frame);
     else
         on_fuse_mount(&next->frame, next->bytes, next->frame.length);
     free(next);
@@ -587,6 +626,7 @@ static void on_frame(const struct frame *f, const char *bytes)
     case H_CREDIT: on_stream(f, bytes); break;
     case H_SIGNAL: on_signal(f); break;
     case H_READ: on_read(f, bytes); break;
+    case H_ADOPT:
     case H_FUSE_MOUNT: put_off(f, bytes, f->length); break;
     case H_FUSE_REPLY: on_fuse_reply(f, bytes); break;
     case H_SHUTDOWN: on_shutdown(f, bytes); break;

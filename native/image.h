@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 #define IMAGE_MAGIC 0x31656d616e657266ull
+#define OURS_END 0x80000000ull /* below is thaw.c (its heap within 1 GiB), nothing of an image */
 #define IMAGE_PAGE 4096ull
 #define IMAGE_RUNS 12288u
 #define IMAGE_THREADS 256u

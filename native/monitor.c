@@ -14,6 +14,7 @@
  *                       (guest_ring.c), and the channel only says how many
  *       --detail FILE   how it ended, as JSON, written into this file, which is there
  *       --clone         the guest was booted before: speak first
+ *       --resume        likewise; and its main process, which the frames adopt, goes on
  *       --boot-seconds N   how long the guest may take to its HELLO (120)
  *       --window N      at most N bytes that the guest has not told to have read (TAKEN): for
  *                       user-mode-linux, whose serial line is dead once it was too full
@@ -194,7 +195,10 @@ static void learn_script(void)
             script.end = all.start;
             break;
         }
-        if (f.type == H_FUSE_MOUNT)
+        if (f.type == H_ADOPT && f.length == sizeof r && !main_process) {
+            memcpy(&r, bytes, sizeof r);
+            main_process = add_process(f.id, r.mode, own_streams());
+        } else if (f.type == H_FUSE_MOUNT)
             add_request(f.id, NULL, 0, 1);
         else if (f.type == H_RUN && first) {
             if (f.length < sizeof r)
@@ -389,7 +393,7 @@ static void serve(void)
     if (on_guest & (POLLIN | POLLHUP | POLLERR))
         read_guest();
     if (on_files & POLLOUT && buffer_flush(&to_files, files))
-        fail("the file server: %s", strerror(errno));
+        fail("the file server ended");
     if (on_files & (POLLIN | POLLHUP | POLLERR))
         read_files();
     if (on_signal)
@@ -447,6 +451,8 @@ int main(int argc, char **argv)
                 value = texts[k].value;
         if (!strcmp(argv[i], "--clone"))
             options.clone = 1;
+        else if (!strcmp(argv[i], "--resume"))
+            options.clone = options.resume = 1;
         else if (!value || i + 1 >= argc)
             usage();
         else

@@ -38,7 +38,7 @@ struct request { uint32_t id, owner_id; int is_mount, done; struct client *owner
 
 /* --- state, in monitor.c --- */
 
-struct options { const char *frames, *socket, *report, *files, *files_fd, *ring, *detail; int clone; long boot_seconds, window; char **vmm; };
+struct options { const char *frames, *socket, *report, *files, *files_fd, *ring, *detail; int clone, resume; long boot_seconds, window; char **vmm; };
 
 extern struct options options;
 extern size_t under_way; /* bytes the guest has not told to have read */

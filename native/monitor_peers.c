@@ -248,7 +248,7 @@ void greet(void)
     greeting.realtime_ns = now_ms(CLOCK_REALTIME) * 1000000;
     if (getrandom(greeting.nonce, sizeof greeting.nonce, 0) < 0 || getrandom(greeting.entropy, sizeof greeting.entropy, 0) < 0)
         fail("getrandom: %s", strerror(errno));
-    frame_add(&to_guest, H_HELLO, 0, PROTOCOL_VERSION, &greeting, sizeof greeting);
+    frame_add(&to_guest, H_HELLO, 0, PROTOCOL_VERSION | (options.resume ? HELLO_KEEP : 0), &greeting, sizeof greeting);
     memset(greeting.entropy, 0, sizeof greeting.entropy);
     stage = GREETING;
 }

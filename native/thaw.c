@@ -33,7 +33,6 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#define OURS_END 0x80000000ull /* everything of ours is below (the heap within 1 GiB), nothing of an image is */
 #define PARKING 0x60000000ull
 #define HIGH 1024 /* descriptors are kept from here on while they are sorted */
 #define STACK_ROOM (4ull << 20)
@@ -161,6 +160,14 @@ static void sort_descriptors(void)
     for (unsigned i = 0; i < image.fds; i++)
         if (high[i] >= 0 && high[i] != image.fd[i].fd)
             close(high[i]);
+}
+
+/* Its own heap is not to serve the captured libc, whose memory would then be in no image of it. */
+static void block_heap(void)
+{
+    uint64_t end = ((uint64_t)sbrk(0) + 2 * IMAGE_PAGE - 1) / IMAGE_PAGE * IMAGE_PAGE;
+    if (mmap((void *)end, IMAGE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) == MAP_FAILED)
+        fail("the heap", errno);
 }
 
 /* What this process is called is on a stack that will be gone: move it. A kernel that does not let
@@ -312,6 +319,7 @@ int main(int argc, char **argv)
     prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0);
     prctl(PR_SET_NAME, "qemu", 0, 0, 0);
     keep_name(argc, argv);
+    block_heap();
     forbid();
     sigset_t all;
     sigfillset(&all);

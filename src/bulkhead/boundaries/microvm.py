@@ -35,7 +35,7 @@ from bulkhead.boundary.registry import Services
 from bulkhead.boundary.seam import Bundle, Launcher, Missing, Report, Rootfs, Stdio
 from bulkhead.errors import BulkheadError, Conflict, Invalid, Unsupported
 from bulkhead.home import Home
-from bulkhead.linux import netns
+from bulkhead.linux import netns, sparse
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.linux.tap import open_tap
 from bulkhead.oci.runtime import Device, Linux, Spec
@@ -53,6 +53,8 @@ DEFAULT_MEMORY = 256 << 20
 OVERHEAD = 160 << 20
 """Bytes of QEMU itself, its translated code and the monitor."""
 _NO_ADDRESS = "02:00:00:00:00:00"
+SAVED_IMAGE, SAVED_DISK = "machine.image", "disk.ext4"
+"""What a snapshot's directory has."""
 _FORGET_S = 30.0
 _SCRATCH = 64 << 20
 _TRANSLATOR = "/usr/lib/*/qemu/accel-tcg-x86_64.so"
@@ -113,6 +115,20 @@ class MicrovmBoundary(GuestBoundary):
             devices=devices,
         )
 
+    def save(self, bundle: Bundle, pid: int, directory: str) -> None:
+        """Write the image of QEMU's process, and with it standing still copy the disk."""
+        disk = bundle.rootfs.disk
+        if acceleration().name == "kvm" or disk is None:
+            raise Unsupported("a microVM that KVM executes cannot be saved yet")
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with OwnedFd(os.open(f"{directory}/{SAVED_IMAGE}", flags, 0o600)) as image:
+            images.take(
+                pid,
+                int(image),
+                images.GO_ON,
+                meanwhile=lambda: sparse.copy_file(disk, f"{directory}/{SAVED_DISK}"),
+            )
+
     async def ready(self, bundle: Bundle) -> None:
         """Have a template to clone from."""
         parts = await asyncio.to_thread(self._parts, bundle)
@@ -137,6 +153,10 @@ class MicrovmBoundary(GuestBoundary):
         parts = dataclasses.replace(
             parts, jail=dataclasses.replace(parts.jail, disks=files, terminal=terminal)
         )
+        if bundle.saved:
+            flags = os.O_RDONLY | os.O_CLOEXEC
+            with OwnedFd(os.open(f"{bundle.saved}/{SAVED_IMAGE}", flags)) as image:
+                return _resumed(bundle, parts, templates.Template(image))
         template = self.templates.find(parts.key)
         if template is None:
             return _booted(bundle, parts)
@@ -312,10 +332,7 @@ def _cloned(bundle: Bundle, parts: Parts, template: templates.Template) -> Prepa
     if template.state is None:
         orders = images.orders(dict(zip(places, found, strict=True)))
         fds = templates.clone_image(template, orders)
-        given = {images.CHANNEL: CHANNEL_FD, images.CONTROL: first + 1}
-        given[images.CONTROL_PEER] = first + 2
-        given |= {images.FIRST_TAP + n: FIRST_TAP_FD + n for n in range(cards)}
-        args = images.argv(first, given)
+        args = images.argv(first, _given(cards, first))
     else:
         clone = templates.clone(template, first)
         fds = clone.fds
@@ -338,6 +355,23 @@ def _cloned(bundle: Bundle, parts: Parts, template: templates.Template) -> Prepa
 def _device(cards: int, place: int) -> str:
     """The guest's name for the disk in that place of a template, on its virtio bus."""
     return f"virtio{1 + cards + place}"
+
+
+def _resumed(bundle: Bundle, parts: Parts, saved: templates.Template) -> Prepared:
+    """A machine that goes on: it has its disks open by the names that they have in this jail."""
+    cards = len(bundle.nics)
+    first = FIRST_TAP_FD + cards
+    fds = templates.clone_image(saved, images.orders({}))
+    args = images.argv(first, _given(cards, first))
+    made = dataclasses.replace(parts.jail, args=args, mounts=[templates.PROC])
+    return Prepared(made, _described(bundle, parts, None), ("--resume",), fds)
+
+
+def _given(cards: int, first: int) -> dict[int, int]:
+    """Where a clone has what its image has elsewhere; `first`: the image, QMP, QMP's other end."""
+    given = {images.CHANNEL: CHANNEL_FD, images.CONTROL: first + 1}
+    given[images.CONTROL_PEER] = first + 2
+    return given | {images.FIRST_TAP + n: FIRST_TAP_FD + n for n in range(cards)}
 
 
 def _described(bundle: Bundle, parts: Parts, places: Sequence[int] | None) -> plan.Machine:

@@ -106,6 +106,8 @@ class WholeMachine:
     sata: bool = False
     screen: bool = False
     reserved: bool = False
+    link: bool = False
+    """Whether there is a port for the engine inside, at link.sock of the run directory."""
     pinned: tuple[int, ...] = ()
     iops: int = 0
     bytes_per_second: int = 0
@@ -131,6 +133,8 @@ class Bundle:
     """Sources of binds that nobody but this workload writes while it runs; for caches."""
     disks: Mapping[str, str] = field(default_factory=dict)
     """For guests: sources of binds that are file systems of their own, and their image files."""
+    saved: str = ""
+    """A directory that `Saving.snapshot` has filled: go on with what was saved there."""
     machine: WholeMachine | None = None
     """What the workload is instead of a program: a machine with disks of its own."""
 
@@ -306,6 +310,15 @@ class Updatable(Protocol):
 
 
 @runtime_checkable
+class Saving(Protocol):
+    """Optional, without a word in the report: a running workload can be saved with its memory."""
+
+    async def snapshot(self, directory: str) -> None:
+        """Write it to `directory`; it stands still meanwhile, and goes on. Unsupported says why."""
+        ...
+
+
+@runtime_checkable
 class Measured(Protocol):
     """Optional, "measured"."""
 
@@ -328,4 +341,8 @@ class Secluded(Protocol):
 
     def inside_kills(self) -> int:
         """How many processes that kernel had killed for want of memory when it ended."""
+        ...
+
+    def failure(self) -> str:
+        """Why that kernel or its machine failed, "" if it ended with the workload."""
         ...

@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 from bulkhead.boundary import registry
 from bulkhead.boundary.seam import Boundary, Rootfs
 from bulkhead.depot import links
-from bulkhead.engine import body, names, recovery, users
+from bulkhead.engine import body, names, recovery, snapshots, users
 from bulkhead.engine.building import Building
 from bulkhead.engine.confinement import confined
 from bulkhead.engine.control import Control
 from bulkhead.engine.events import Events
 from bulkhead.engine.execs import Execs
 from bulkhead.engine.health import Health
+from bulkhead.engine.inside import Inside
 from bulkhead.engine.janitor import Janitor
 from bulkhead.engine.leases import Leases
 from bulkhead.engine.lifecycle import Lifecycle
@@ -87,6 +88,7 @@ class Engine:
         self.execs = Execs(self)
         self.health = Health(self)
         self.leases = Leases(self)
+        self.inside = Inside(self)
         self.spares = Spares(self)
         self.builds = Building(self)
         self.reservations = Reservations(self)
@@ -98,6 +100,7 @@ class Engine:
         self.workloads.load()
         await self.processes.open()
         await recovery.run(self)
+        await self.blocking(lambda: snapshots.clear(self.home))
         await self.builds.open()
 
     async def close(self) -> None:
@@ -110,6 +113,7 @@ class Engine:
         await self.spares.close()
         await self.processes.close()
         self.leases.close()
+        self.inside.close()
         self.networks.close()
         self.pool.shutdown(wait=True, cancel_futures=True)
         self.janitor.close()
@@ -339,7 +343,7 @@ class Engine:
         records = [workload.record for workload in self.workloads]
         held = {d for record in records for d in (record.image_id, *record.diff_ids)}
         served = links.held(self.home.in_root("registry"), self.store.provenance)
-        return held | self.builds.held() | served
+        return held | self.builds.held() | served | snapshots.held(self.home)
 
     def running_names(self) -> list[str]:
         """Short ids of the workloads that run."""
@@ -347,11 +351,12 @@ class Engine:
 
     async def release_layers(self) -> None:
         """Unmount the layers that neither an image nor a workload refers to."""
+        # From here on no start finds ready what lies on layers that are about to go.
         self.spares.forget_layers()
-        stored = await self.blocking(lambda: set(self.store.layers()))
         used = {d for workload in self.workloads for d in workload.record.diff_ids}
-        await self.blocking(lambda: self.layers.release_unused(stored | used))
-        await self.blocking(lambda: merged.release(self.home.in_root("merged"), stored))
+        await self.blocking(lambda: self.layers.release_unused(used, self.store.layers))
+        directory = self.home.in_root("merged")
+        await self.blocking(lambda: merged.release(directory, set(self.store.layers())))
 
     # --- ends
 

@@ -71,6 +71,7 @@ async def launch(engine: "Engine", workload: Workload, start: Start) -> Launched
             exclusive=guests.exclusive(engine, record, sources),
             disks=guests.volume_disks(engine, record),
             fds=tuple(int(fd) for fd in wires),
+            saved=engine.home.in_root("snapshots", record.saved) if record.saved else "",
             machine=vm_shape.describe(engine.home, record),
         )
         parents.claim(engine, record)
@@ -86,6 +87,7 @@ async def launch(engine: "Engine", workload: Workload, start: Start) -> Launched
         for wire in wires:
             wire.close()
         workload.instance, workload.bundle = instance, bundle
+        record.saved = ""
         engine.processes.watch(record.id, launched.pidfd, launched.pid)
         engine.networks.started(record.id, launched.pid)
         workload.settings = engine.networks.settings(record.id)

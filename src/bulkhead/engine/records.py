@@ -83,6 +83,8 @@ class Record(msgspec.Struct, omit_defaults=True):
     """The guest kernel that was asked for."""
     vm: machine_spec.Spec | None = None
     """A whole machine's hardware; it has no image."""
+    saved: str = ""
+    """The snapshot that its first start goes on with."""
     building: bool = False
     """A step of a build: read when it has ended, then removed."""
     pinned: str = ""

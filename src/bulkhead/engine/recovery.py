@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import os
+import shutil
 import time
 from typing import TYPE_CHECKING
 
@@ -138,6 +139,9 @@ async def _load(engine: "Engine", workload: Workload) -> None:
             record.status, record.passing = "running", False
     elif record.status == "paused":
         record.status = "running"
+    elif record.passing and isinstance(workload.instance, Pausable):
+        record.passing = False
+        await workload.instance.resume()
     for point in record.mounts:
         if point.type_ == "volume" and point.name in engine.volumes:
             mounted = not guests.has_disk(record)
@@ -204,6 +208,8 @@ async def _sweep(engine: "Engine", entries: dict[str, Entry]) -> None:
             except (BulkheadError, OSError) as error:
                 log.warning("cannot remove the control group of %s: %s", name, error)
     await engine.removal.sweep()
+    looks = engine.home.in_run("looks")
+    await engine.blocking(lambda: shutil.rmtree(looks, ignore_errors=True))
     for path in engine.volumes.sweep():
         await engine.blocking(functools.partial(engine.volumes.remove_tree, path))
 

@@ -452,7 +452,7 @@ def _setup(
     _plan_disks(program, machine, sources)
     if machine.cgroups:
         _plan_group(program, bundle.spec)
-    _plan_files(program, sources)
+    plan_files(program, sources)
     _plan_network(program, bundle, machine)
     if spec.hostname and spec.linux.namespace("uts") is None:
         name = spec.hostname.encode()
@@ -500,7 +500,8 @@ def _plan_disks(program: Program, machine: Machine, sources: Mapping[int, Source
             _directory(program, f"/shares/{source.number}")
 
 
-def _plan_files(program: Program, sources: Mapping[int, Source]) -> None:
+def plan_files(program: Program, sources: Mapping[int, Source]) -> None:
+    """Write the small files among `sources`, or write them anew."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
     for position, source in sorted(sources.items()):
         if isinstance(source, Written):

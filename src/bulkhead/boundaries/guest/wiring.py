@@ -75,6 +75,13 @@ def plan_interface(program: Program, nic: Nic, kernel_name: str) -> None:
     program.call("close", "close", inet)
 
 
+def plan_down(program: Program, name: str) -> None:
+    """Take interface `name` down, and with it its routes."""
+    inet = _socket(program, socket.AF_INET)
+    program.call(f"take down {name}", "ioctl", inet, SIOCSIFFLAGS, _ifreq(name, bytes(2)))
+    program.call("close", "close", inet)
+
+
 def _network(destination: str) -> IPv4Network | IPv6Network:
     return ip_network("0.0.0.0/0" if destination == "default" else destination)
 

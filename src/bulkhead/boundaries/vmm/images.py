@@ -13,7 +13,7 @@ Where descriptors are in every image, whatever it is made of:
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from bulkhead.boundaries.vmm import qemu, qmp
 from bulkhead.errors import Unavailable
@@ -41,24 +41,45 @@ def environment() -> tuple[str, ...]:
     )
 
 
-def take(pid: int, file: int, command: bytes = END, *, timeout_s: float = 120.0) -> None:
+def take(
+    pid: int,
+    file: int,
+    command: bytes = END,
+    *,
+    meanwhile: Callable[[], None] | None = None,
+    timeout_s: float = 120.0,
+) -> None:
     """Write the image of the QEMU in the jail of process `pid` to the empty file; blocks.
 
-    Unavailable with a reason if that cannot be done.
+    With GO_ON the machine stands still until `meanwhile` is done too. Unavailable with a reason if
+    that cannot be done; the machine then goes on as well.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(timeout_s)
         try:
-            connection.connect(f"/proc/{pid}/root{_SOCKET}")
+            _connect(connection, pid)
             socket.send_fds(connection, [command], [file])
-            answer = connection.recv(_ANSWER)
+            answers = [connection.recv(_ANSWER)]
+            if command == GO_ON and answers[0] == b"\0" and meanwhile is not None:
+                meanwhile()
+            if command == GO_ON:
+                connection.send(b"\n")
+                answers.append(connection.recv(_ANSWER))
         except TimeoutError:
             raise Unavailable(f"no image of QEMU in {timeout_s:.0f} s") from None
         except OSError as error:
             raise Unavailable(f"no image of QEMU: {error.strerror}") from error
-    if answer[:1] != b"\0":
-        reason = answer[1:].decode("utf-8", "replace") or "it has ended"
-        raise Unavailable(f"no image of QEMU: {reason}")
+    for answer in answers:
+        if answer[:1] != b"\0":
+            reason = answer[1:].decode("utf-8", "replace") or "it has ended"
+            raise Unavailable(f"no image of QEMU: {reason}")
+
+
+def _connect(connection: socket.socket, pid: int) -> None:
+    try:
+        connection.connect(f"/proc/{pid}/root{_SOCKET}")
+    except FileNotFoundError:
+        raise Unavailable("this machine was booted, not cloned: only clones can be saved") from None
 
 
 def argv(image_fd: int, given: Mapping[int, int]) -> list[str]:
