@@ -367,7 +367,7 @@ def test_older_versions_of_the_api(here: Api) -> None:
         future.containers.list()
 
 
-ELSEWHERE = {"build": "test_api_builds", "prune_builds": "test_api_builds", "collection": ""}
+ELSEWHERE = {"build": "test_api_own", "prune_builds": "test_api_own", "collection": ""}
 """Methods that other tests try, and names that are none."""
 
 

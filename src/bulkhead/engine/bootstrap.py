@@ -190,19 +190,17 @@ def _listen(
 ) -> None:
     """Open our own socket and those of Docker's API, or take what the service manager passed."""
     passed = activated()
-    ours = [sock for sock in passed if not _of_docker(sock)]
+    others = [sock for sock in passed if _of_docker(sock)]
+    ours = [sock for sock in passed if sock not in others]
     path = home.in_run("engine.sock")
     if not ours:
         ours = [bind(path)]
         undo.callback(_unlink, path)
     for sock in ours:
         server.listen(sock)
-    for sock in passed:
-        if _of_docker(sock):
-            door.listen(sock)
-    wanted = places.addresses or (
-        () if len(passed) > len(ours) else (f"unix://{home.run}/{DOCKER}",)
-    )
+    for sock in others:
+        door.listen(sock)
+    wanted = places.addresses or (() if others else (f"unix://{home.run}/{DOCKER}",))
     for address in wanted:
         where = hosts.parse(address)
         if where.path:
