@@ -69,6 +69,8 @@ class Building:
         engine = self._engine
         for workload in list(engine.workloads):
             if workload.record.building:
+                with contextlib.suppress(BulkheadError):  # nobody comes back for its output
+                    await engine.processes.keeper.release(workload.id)
                 engine.spawn(self._remove(workload))
         await engine.blocking(self._sweep)
 

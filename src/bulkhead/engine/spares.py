@@ -47,6 +47,8 @@ class Spares:
         self._refused = False
         self._like: Rootfs | None = None
         """The root of the last start."""
+        self._generation = 0
+        """Counts the times that layers went: what was begun before is not used."""
 
     def take(self) -> str:
         """An id with what belongs to it, "" if there is none."""
@@ -71,6 +73,7 @@ class Spares:
 
     def forget_layers(self) -> None:
         """Layers are about to go: hold none of them."""
+        self._generation += 1
         self._like = None
         self.drop()
 
@@ -102,7 +105,7 @@ class Spares:
             rootfs = self._rootfs(identity)
             work = functools.partial(self._make, boundary, identity, path, rootfs)
             made = self._maker.submit(work)
-            made.add_done_callback(functools.partial(self._made, identity))
+            made.add_done_callback(functools.partial(self._made, identity, self._generation))
 
     def reconcile(self) -> None:
         """Remove what was taken for workloads that came to nothing, or are gone unstarted."""
@@ -123,9 +126,10 @@ class Spares:
         if isinstance(boundary, Stocking):
             boundary.stock(identity, path, _resources(), rootfs)
 
-    def _made(self, identity: str, future: "asyncio.Future[None]") -> None:
+    def _made(self, identity: str, generation: int, future: "asyncio.Future[None]") -> None:
         self._coming -= 1
-        if future.exception() is None and not self._engine.closing:
+        current = generation == self._generation and not self._engine.closing
+        if future.exception() is None and current:
             self._ready.append(identity)
             return
         if future.exception() is not None:

@@ -11,7 +11,7 @@ works is found out by trying.
 import errno
 import os
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 
 from bulkhead.errors import Corrupt, Internal, NotFound, Unsupported
@@ -105,11 +105,17 @@ class LayerMounts:
             if device is not None:
                 device.close()
 
-    def release_unused(self, in_use: Collection[str]) -> list[str]:
-        """Unmount the layers whose diff_ids are not `in_use`; returns the names of those gone."""
-        keep = {hexadecimal(diff_id)[:16] for diff_id in in_use}
+    def release_unused(
+        self, in_use: Collection[str], more: Callable[[], Iterable[str]] = tuple
+    ) -> list[str]:
+        """Unmount the layers whose diff_ids are not `in_use`; returns the names of those gone.
+
+        `more` gives further ones that stay; it is asked while nothing can be mounted.
+        """
         gone: list[str] = []
         with self._lock:
+            in_use = {*in_use, *more()}
+            keep = {hexadecimal(diff_id)[:16] for diff_id in in_use}
             for diff_id in [d for d in self._ready if d not in in_use]:
                 del self._ready[diff_id]
             for name in sorted(os.listdir(self._directory)):
