@@ -36,6 +36,7 @@ OVERHEAD = 256 << 20
 CODE = "/boot/code"
 SCREEN = "/run/screen"
 CONTROL_FD = 10
+LINK = "link.sock"
 _FIRST_TAP_FD = 11
 _TASKS = 120
 _QEMU_DATA = "/usr/share/qemu"
@@ -88,8 +89,11 @@ class Machine:
             for nic in bundle.nics:
                 undo.callback(nic.tap.close)
             control = undo.enter_context(_listen(control_path(bundle.directory)))
-            fds = (control.fileno(), *(int(nic.tap) for nic in bundle.nics))
-            inside = jail.jail_bundle(bundle, prepared, fds)
+            fds = [control.fileno(), *(int(nic.tap) for nic in bundle.nics)]
+            if self.machine.link:
+                linked = undo.enter_context(_listen(f"{bundle.directory}/{LINK}"))
+                fds.append(linked.fileno())
+            inside = jail.jail_bundle(bundle, prepared, tuple(fds))
             if self.machine.screen:
                 inside.spec.mounts.append(_screen(bundle.directory, uid))
             self.inner.bundle = inside
@@ -237,6 +241,7 @@ def _prepare(boundary: "GuestBoundary", bundle: Bundle) -> jail.Jail:
         nvram=place(machine.nvram, writable=True) if machine.code else "",
         sata=machine.sata,
         screen=machine.screen,
+        link_fd=_FIRST_TAP_FD + len(bundle.nics) if machine.link else -1,
         reserved=machine.reserved,
         iops=machine.iops,
         bytes_per_second=machine.bytes_per_second,

@@ -71,12 +71,14 @@ class Option:
 class Parsed:
     """What a command line said: `values` holds given options only, by long name without dashes."""
 
-    __slots__ = ("_options", "args", "values")
+    __slots__ = ("_options", "args", "values", "words")
 
     def __init__(self, options: dict[str, Option]) -> None:
         self._options = options
         self.values: dict[str, Any] = {}
         self.args: list[str] = []
+        self.words: Sequence[str] = ()
+        """The command line as it was given."""
 
     def __getitem__(self, name: str) -> Any:
         """The given value, else the option's default, else the kind's empty value."""
@@ -105,6 +107,7 @@ class Table:
     def parse(self, argv: Sequence[str], *, interspersed: bool) -> Parsed:
         """Read `argv`; UsageError in pflag's words."""
         parsed = Parsed(self.longs)
+        parsed.words = argv
         args = parsed.args
         at, end = 0, len(argv)
         while at < end:

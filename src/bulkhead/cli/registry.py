@@ -69,6 +69,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "kernel ls": ("kernel", "List guest kernels"),
     "kernel pull": ("kernel", "Fetch a guest kernel from the distribution"),
     "kernel rm": ("kernel", "Remove one or more guest kernels"),
+    "machine create": ("machine", "Create a VM with the engine inside"),
+    "machine ls": ("machine", "List VMs with the engine inside"),
+    "machine run": ("machine", "Run a command of bulkhead's by the engine in a machine"),
     "network connect": ("network", "Connect a container to a network"),
     "network create": ("network", "Create a network"),
     "network disconnect": ("network", "Disconnect a container from a network"),
@@ -124,6 +127,11 @@ ALIASES: dict[str, str] = {
         for word in ("kill", "logs", "pause", "port", "rename", "restart", "rm", "start", "stats",
                      "stop", "unpause", "wait")
     },
+    **{
+        f"machine {word}": word
+        for word in ("logs", "restart", "rm", "start", "stop")
+    },
+    "machine list": "machine ls",
     "vm console": "attach",
     "vm list": "vm ls",
     "builder build": "build",
@@ -159,6 +167,7 @@ GROUPS: dict[str, str] = {
     "container": "Manage containers",
     "image": "Manage images",
     "kernel": "Manage guest kernels",
+    "machine": "Manage VMs with the engine inside",
     "network": "Manage networks",
     "registry": "Serve images to others",
     "system": "Manage bulkhead",

@@ -242,6 +242,7 @@ class Lifecycle:
             engine.execs.workload_ended(workload, identity)
         try:
             engine.leases.end(record.id)
+            engine.inside.end(record.id)
             engine.networks.release(record.id)
             engine.tend_networks()
             workload.settings = None

@@ -1,5 +1,6 @@
 """RPC: whole machines and their disk images (`vm.*`)."""
 
+import contextlib
 import os
 from typing import Any
 
@@ -43,6 +44,7 @@ class Create(Params, frozen=True):
     keys: tuple[str, ...] = ()
     password: str = ""
     user_data: str = ""
+    engine: bool = False
 
 
 class Import(Params, frozen=True):
@@ -99,6 +101,15 @@ class Autostart(One, frozen=True):
     wanted: bool
 
 
+class Inside(One, frozen=True):
+    """A command line of bulkhead's; three descriptors come along, standard input to error."""
+
+    argv: tuple[str, ...]
+    tty: bool = False
+    rows: int = 0
+    columns: int = 0
+
+
 class Named(Params, frozen=True):
     """A disk image."""
 
@@ -152,6 +163,7 @@ def _summary(engine: Engine, workload: Workload) -> dict[str, Any]:
         "Memory": spec.memory_bytes,
         "Disk": sum(disk.size for disk in spec.disks),
         "Autostart": spec.autostart,
+        "Engine": spec.engine,
         "Addresses": [one for one in addresses if one],
     }
 
@@ -295,3 +307,15 @@ async def reset(engine: Engine, params: One, call: Call) -> dict[str, Any]:
     async with instance.control() as qmp:
         await qmp.execute("system_reset")
     return {}
+
+
+@METHODS.method("machine.run", Inside)
+async def run_inside(engine: Engine, params: Inside, call: Call) -> dict[str, int]:
+    """Run `bulkhead ARGV` by the engine in a machine."""
+    workload = _machine(engine, params.id)
+    with contextlib.ExitStack() as undo:
+        fds = [undo.enter_context(call.take_fd(f"stream {number}")) for number in range(3)]
+        code = await engine.inside.run(
+            workload, params.argv, fds, tty=params.tty, rows=params.rows, columns=params.columns
+        )
+    return {"StatusCode": code}

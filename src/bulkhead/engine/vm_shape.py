@@ -6,7 +6,7 @@ from bulkhead.engine.records import Record
 from bulkhead.home import Home
 from bulkhead.machines import files, firmware
 
-SEED, NVRAM, CD = "seed.img", "nvram.fd", "cd.iso"
+SEED, NVRAM, CD, PAYLOAD = "seed.img", "nvram.fd", "cd.iso", "payload.img"
 """Files of a machine's own directory."""
 
 
@@ -28,6 +28,8 @@ def describe(home: Home, record: Record) -> WholeMachine | None:
         drives.append(Drive(f"{folder}/{spec.iso}", "raw", readonly=True, cdrom=True))
     if spec.seed:
         drives.append(Drive(f"{folder}/{SEED}", "raw", readonly=True))
+    if spec.engine:
+        drives.append(Drive(f"{folder}/{PAYLOAD}", "raw", readonly=True))
     uefi = firmware.find(home) if spec.firmware == "uefi" else None
     return WholeMachine(
         drives=tuple(drives),
@@ -37,6 +39,7 @@ def describe(home: Home, record: Record) -> WholeMachine | None:
         nvram=f"{folder}/{NVRAM}" if uefi else "",
         sata=spec.sata,
         screen=spec.screen,
+        link=spec.engine,
         reserved=record.host.reserve_memory > 0,
         pinned=tuple(sorted(_processors(record))),
         iops=spec.iops,

@@ -21,10 +21,10 @@ from bulkhead.boundary.registry import Services
 from bulkhead.engine import body, creation, launching
 from bulkhead.engine.records import Record, Workload
 from bulkhead.engine.trees import delete_tree
-from bulkhead.engine.vm_shape import CD, NVRAM, SEED, base_of
+from bulkhead.engine.vm_shape import CD, NVRAM, PAYLOAD, SEED, base_of
 from bulkhead.errors import Conflict, Invalid, NotFound
 from bulkhead.images.progress import Progress
-from bulkhead.machines import bootstrap, files, firmware, foreign, ova, seed
+from bulkhead.machines import bootstrap, files, firmware, foreign, ova, payload, seed
 from bulkhead.machines.qemuimg import QemuImg
 from bulkhead.machines.spec import FIRMWARES, Disk, Spec
 
@@ -55,6 +55,8 @@ class Wanted:
     bytes_per_second: int = 0
     autostart: bool = False
     seeded: bool = True
+    engine: bool = False
+    """A machine: with bulkhead inside."""
     user: str = ""
     keys: Sequence[str] = ()
     password: str = ""
@@ -100,6 +102,10 @@ async def create(
     kind = wanted.firmware or (base.firmware if base else "uefi" if wanted.iso else "bios")
     if kind not in FIRMWARES:
         raise Invalid(f"unknown firmware {kind!r}; there are {' and '.join(FIRMWARES)}")
+    if wanted.engine:
+        payload.check(wanted.image)
+        if wanted.user_data or not wanted.seeded:
+            raise Invalid("a machine's user-data are its own: --user-data and --no-seed exclude it")
     size = max(wanted.size, base.size if base else 0)
     if base and wanted.size and wanted.size < base.size:
         raise Invalid(f"the image {base.name} has {base.size} bytes: a disk cannot be smaller")
@@ -112,7 +118,7 @@ async def create(
         firmware=kind, memory_bytes=host.memory, vcpus=processors(host), disks=[],
         sata=wanted.sata, screen=wanted.screen, iops=wanted.iops,
         bytes_per_second=wanted.bytes_per_second, autostart=wanted.autostart,
-        origin=base.origin if base else wanted.iso, seed=wanted.seeded,
+        origin=base.origin if base else wanted.iso, seed=wanted.seeded, engine=wanted.engine,
     )  # fmt: skip
     async with contextlib.AsyncExitStack() as undo:
         launching.make_directories(engine.home, record.id)
@@ -149,10 +155,15 @@ async def _fill(
     if spec.firmware == "uefi":
         uefi = await engine.blocking(lambda: firmware.need(engine.home))
         shutil.copyfile(uefi.variables, f"{folder}/{NVRAM}")
+    extra = ""
+    if wanted.engine:
+        await engine.blocking(partial(payload.write, f"{folder}/{PAYLOAD}"))
+        extra = payload.SEED
     if wanted.seeded:
         own = seed.Seed(
             instance=f"i-{record.id[:16]}", hostname=record.config.hostname, user=wanted.user,
             keys=wanted.keys, password=wanted.password, user_data=wanted.user_data,
+            vendor_data=extra,
         )  # fmt: skip
         seed.write(f"{folder}/{SEED}", own, uid=uid_of(record.id))
 

@@ -25,6 +25,9 @@ _SIZE = fat.LEAST_BYTES
 _KEYS = ("ssh-", "ecdsa-", "sk-ssh-", "sk-ecdsa-")
 
 
+_VENDOR = b'#cloud-config\n{"growpart": {"mode": "auto"}}\n'
+
+
 @dataclass(frozen=True, slots=True)
 class Seed:
     """What the first boot is told. `user_data` replaces all but the name."""
@@ -36,6 +39,8 @@ class Seed:
     password: str = ""
     """In plain text; it is hashed nowhere, so it is for consoles only: ssh refuses passwords."""
     user_data: str = ""
+    vendor_data: str = ""
+    """"" for what every machine has."""
 
     def files(self) -> dict[str, bytes]:
         """The seed's files. YAML 1.2 contains JSON, so nothing needs quoting by hand."""
@@ -43,7 +48,7 @@ class Seed:
         return {
             "meta-data": _json(meta),
             "user-data": self.user_data.encode() if self.user_data else self._made(),
-            "vendor-data": b"#cloud-config\n" + _json({"growpart": {"mode": "auto"}}),
+            "vendor-data": self.vendor_data.encode() or _VENDOR,
         }
 
     def _made(self) -> bytes:

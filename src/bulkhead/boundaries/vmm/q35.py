@@ -19,6 +19,8 @@ from bulkhead.errors import Invalid, Unsupported
 MIN_MEMORY = 64 << 20
 MOST_DRIVES = 12
 SATA_PORTS = 6
+LINK = "bulkhead.engine"
+"""The virtio port of the engine inside (machines/link.py)."""
 SCREEN = "/run/screen/vnc.sock"
 
 
@@ -51,7 +53,8 @@ class Machine:
     reserved: bool = False
     iops: int = 0
     bytes_per_second: int = 0
-    serial_number: str = ""
+    link_fd: int = -1
+    """A listening socket that leads to the virtio port LINK, if there is one."""
 
 
 def argv(machine: Machine) -> list[str]:
@@ -67,6 +70,10 @@ def argv(machine: Machine) -> list[str]:
     for number, card in enumerate(machine.cards):
         words += ["-netdev", f"tap,id=net{number},fd={card.tap_fd}"]
         words += ["-device", f"virtio-net-pci,mac={card.mac},netdev=net{number},romfile="]
+    if machine.link_fd >= 0:
+        words += ["-chardev", f"socket,id=link,fd={machine.link_fd},server=on,wait=off"]
+        words += ["-device", "virtio-serial-pci,max_ports=2"]
+        words += ["-device", f"virtserialport,chardev=link,name={LINK}"]
     if machine.iops or machine.bytes_per_second:
         limits = {"iops-total": machine.iops, "bps-total": machine.bytes_per_second}
         group = {"qom-type": "throttle-group", "id": "limits", "limits": limits}

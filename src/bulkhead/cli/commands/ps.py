@@ -103,6 +103,10 @@ def ps(context: Context, parsed: Parsed) -> None:
         params["limit"] = last
     found = context.call("workload.list", params)
     rows = [row(summary, full=parsed["no-trunc"]) for summary in found]
+    if parsed["all-machines"]:
+        from bulkhead.cli.commands.machine import tree
+
+        rows = tree(context, rows, every=params["all"], plain=bool(format_text or context.json))
     columns = (*LISTING.columns, "Size") if parsed["size"] else None
     LISTING.show(context, parsed, rows, columns=columns)
 
@@ -114,6 +118,7 @@ COMMANDS = {
         ps,
         options=(
             Option("-a, --all", "bool", "Show all containers (default shows just running)"),
+            Option("--all-machines", "bool", "Also show what runs in machines, below each"),
             FILTER,
             FORMAT_LONG,
             JSON,

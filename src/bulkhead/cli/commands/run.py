@@ -79,8 +79,16 @@ def _dry_run(context: Context, params: dict[str, Any]) -> int:
     return 0
 
 
+def _in_machine(context: Context, word: str, parsed: Parsed) -> int:
+    from bulkhead.cli.commands.machine import run_image
+
+    return run_image(context, parsed["boundary"].removeprefix("vm:"), word, parsed)
+
+
 def create(context: Context, parsed: Parsed) -> int:
     """`bulkhead create`: make a container, print its id."""
+    if parsed["boundary"].startswith("vm:"):
+        return _in_machine(context, "create", parsed)
     params = _request(context, parsed)
     body = params["body"]
     streams = _streams(parsed)
@@ -119,6 +127,8 @@ def _streams(parsed: Parsed) -> tuple[bool, bool, bool]:
 
 def run(context: Context, parsed: Parsed) -> int:
     """`bulkhead run`: create, start, attach, wait; the program's exit code."""
+    if parsed["boundary"].startswith("vm:"):
+        return _in_machine(context, "run", parsed)
     params = _request(context, parsed)
     body = params["body"]
     if parsed["dry-run"]:

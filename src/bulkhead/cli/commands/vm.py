@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from bulkhead.cli import run_options
@@ -47,6 +48,11 @@ _SHARED = frozenset(
 
 def create(context: Context, parsed: Parsed) -> None:
     """`bulkhead vm create NAME`."""
+    make(context, parsed)
+
+
+def make(context: Context, parsed: Parsed, *, engine: bool = False) -> None:
+    """Create a machine, with the engine inside if asked for, and print its id."""
     from bulkhead.cli.body import create_body
 
     body = create_body(parsed, context.environ)
@@ -61,6 +67,8 @@ def create(context: Context, parsed: Parsed) -> None:
             params[name] = parsed[flag]
     if parsed["disk"]:
         params["more"] = [_size(text) for text in parsed["disk"]]
+    if engine:
+        params["engine"] = True
     if parsed["iso"]:
         params["iso"] = os.path.abspath(parsed["iso"])
     if parsed["no-seed"]:
@@ -101,16 +109,20 @@ def _keys(path: str) -> list[str]:
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-def ls(context: Context, parsed: Parsed) -> None:
-    """`bulkhead vm ls`."""
-    rows = [
+def rows(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Machines as they are listed."""
+    return [
         {
             **one, "ID": one["Id"][:12], "Memory": human_size(one["Memory"]),
             "Disk": human_size(one["Disk"]), "Address": ", ".join(one["Addresses"]),
         }
-        for one in context.call("vm.list")
+        for one in found
     ]  # fmt: skip
-    MACHINES.show(context, parsed, rows)
+
+
+def ls(context: Context, parsed: Parsed) -> None:
+    """`bulkhead vm ls`."""
+    MACHINES.show(context, parsed, rows(context.call("vm.list")))
 
 
 def inspect(context: Context, parsed: Parsed) -> int:
@@ -120,14 +132,14 @@ def inspect(context: Context, parsed: Parsed) -> int:
 
 def images(context: Context, parsed: Parsed) -> None:
     """`bulkhead vm images`."""
-    rows = [
+    found = [
         {
             **one, "Size": human_size(one["Size"]), "Stored": human_size(one["Stored"]),
             "UsedBy": ", ".join(one["UsedBy"]),
         }
         for one in context.call("vm.images")
     ]  # fmt: skip
-    IMAGES.show(context, parsed, rows)
+    IMAGES.show(context, parsed, found)
 
 
 def rmi(context: Context, parsed: Parsed) -> int:
@@ -181,8 +193,8 @@ def snapshot(context: Context, parsed: Parsed) -> None:
     if len(parsed.args) == 1:
         if parsed["restore"] or parsed["rm"]:
             raise UsageError("which snapshot? vm snapshot lists them when only the VM is named")
-        rows = context.call("vm.snapshots", {"id": machine})
-        memory = [{**one, "Memory": human_size(one["Memory"])} for one in rows]
+        found = context.call("vm.snapshots", {"id": machine})
+        memory = [{**one, "Memory": human_size(one["Memory"])} for one in found]
         SNAPSHOTS.show(context, parsed, memory)
         return
     if parsed["restore"] and parsed["rm"]:
@@ -246,7 +258,8 @@ def screen(context: Context, parsed: Parsed) -> None:
     forward(context, parsed["listen"], path)
 
 
-def _create_options() -> tuple[Option, ...]:
+def create_options() -> tuple[Option, ...]:
+    """Of `vm create` and `machine create`."""
     shared = [one for one in run_options.CREATE if one.name in _SHARED]
     return (
         Option("--image", "string", "Disk image that its first disk lies on (vm images)"),
@@ -277,7 +290,7 @@ _QUIET = Option("-q, --quiet", "bool", "Only display names")
 COMMANDS = {
     "vm create": Command(
         "vm create", "Create a machine with disks of its own", create, arguments="NAME",
-        options=_create_options(),
+        options=create_options(),
         examples=(
             "bulkhead vm create --image debian:bookworm --ssh-key id.pub --start web",
             "bulkhead vm create --iso installer.iso --size 20g --screen --start desktop",
