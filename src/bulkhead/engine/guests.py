@@ -118,19 +118,21 @@ def holder(record: Record, point: MountPoint) -> leases.Holder:
 
 
 def exclusive(engine: "Engine", record: Record, sources: Sequence[str]) -> frozenset[str]:
-    """Sources of its mounts that only this guest writes: volumes that it has the lease of."""
+    """Sources that only this guest writes, and by one mount: volumes that it has the lease of."""
     if not is_guest(record):
         return frozenset()
+    places: dict[str, set[str]] = {}
+    for point, source in zip(record.mounts, sources, strict=True):
+        if point.type_ == "volume":
+            places.setdefault(point.name, set()).add(source)
     return frozenset(
         source
-        for point, source in zip(record.mounts, sources, strict=True)
-        if point.type_ == "volume"
-        and any(one.user == record.id and one.writes for one in _holders(engine, point))
+        for name, found in places.items()
+        for source in found
+        if len(found) == 1
+        and not engine.volumes.get(name).options
+        and any(one.user == record.id and one.writes for one in engine.volumes.leases.holders(name))
     )
-
-
-def _holders(engine: "Engine", point: MountPoint) -> Sequence[leases.Holder]:
-    return engine.volumes.leases.holders(point.name)
 
 
 def volume_disks(engine: "Engine", record: Record) -> dict[str, str]:
