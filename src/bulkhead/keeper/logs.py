@@ -14,8 +14,9 @@ import contextlib
 import json
 import os
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
+
+import msgspec
 
 _BLOCK = 64 << 10
 _POLL_S = 0.05
@@ -23,8 +24,7 @@ _NS = 1_000_000_000
 _STREAMS = {"stdout": 1, "stderr": 2}
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(msgspec.Struct, frozen=True):
     """One record: stream 1 or 2, the bytes with their newline if they had one, RFC 3339 time."""
 
     stream: int
@@ -49,8 +49,29 @@ def parse_time(text: str) -> int:
     return _seconds(text[:19]) * _NS + int((fraction + "0" * 9)[:9])
 
 
+class _Line(msgspec.Struct):
+    """What the keeper writes; `log` may hold lone surrogates, which only the slow way reads."""
+
+    log: str
+    stream: str
+    time: str
+
+
+_line = msgspec.json.Decoder(_Line)
+
+
 def decode(line: bytes) -> Record | None:
     """The record of a line, None if it is not one (a machine that lost power may leave such)."""
+    try:
+        quick = _line.decode(line)
+        record = Record(_STREAMS[quick.stream], quick.log.encode(), quick.time)
+        parse_time(record.time)
+        return record
+    except (msgspec.DecodeError, ValueError, KeyError):
+        return _decode_slowly(line)
+
+
+def _decode_slowly(line: bytes) -> Record | None:
     try:
         raw = json.loads(line)
         text = raw["log"]
