@@ -6,7 +6,7 @@ import pytest
 
 from bulkhead.errors import Conflict, Invalid, NotFound
 from bulkhead.state.database import Database
-from bulkhead.volumes import options
+from bulkhead.volumes import leases, options
 from bulkhead.volumes.manager import VolumeManager
 
 
@@ -75,3 +75,49 @@ def test_only_anonymous_volumes_are_pruned_unless_all(manager: VolumeManager) ->
 def test_mount_options_are_split() -> None:
     assert options.split("ro,nosuid,size=1m,uid=5,defaults") == (3, "size=1m,uid=5")
     assert options.split("rbind")[0] == 4096 | 16384
+
+
+def _holder(name: str, kernel: str = leases.HOST, *, writes: bool = True) -> leases.Holder:
+    boundary = "sandbox" if kernel else "container"
+    return leases.Holder(f"id-{name}", name, kernel, boundary, writes)
+
+
+def test_one_kernel_writes_at_a_time() -> None:
+    table = leases.Leases()
+    table.take("v", _holder("a"), disk=False)
+    table.take("v", _holder("b"), disk=False)
+    table.take("v", _holder("reader", "k1", writes=False), disk=False)
+    with pytest.raises(Conflict, match=r"volume v is written by a \(boundary container\)"):
+        table.take("v", _holder("guest", "k2"), disk=False)
+    table.take("v", _holder("guest", "k2"), disk=False, known=True)
+    for name in ("a", "b", "guest"):
+        table.release(f"id-{name}")
+    table.take("v", _holder("guest", "k2"), disk=False)
+    with pytest.raises(Conflict, match=r"stop guest, or mount it read-only \(:ro\)"):
+        table.take("v", _holder("a"), disk=False)
+    assert [one.name for one in table.holders("v")] == ["reader", "guest"]
+
+
+def test_a_disk_that_is_written_is_seen_by_one_kernel() -> None:
+    table = leases.Leases()
+    table.take("v", _holder("one", "k1", writes=False), disk=True)
+    table.take("v", _holder("two", "k2", writes=False), disk=True)
+    with pytest.raises(Conflict, match="volume v is a disk that one"):
+        table.take("v", _holder("three", "k3"), disk=True)
+    table.release("id-one")
+    table.release("id-two")
+    table.take("v", _holder("three", "k3"), disk=True)
+    with pytest.raises(Conflict, match=r"read-only \(:ro\) in both"):
+        table.take("v", _holder("two", "k2", writes=False), disk=True)
+
+
+def test_sizes_are_checked(manager: VolumeManager) -> None:
+    for size in ("1k", "x", "-5m", "100000t"):
+        with pytest.raises(Invalid, match="size"):
+            manager.create("x1", driver_opts={"size": size})
+    with pytest.raises(Invalid, match="goes with no other option"):
+        manager.create("x1", driver_opts={"size": "1g", "type": "tmpfs", "device": "tmpfs"})
+    assert options.disk_size({"size": "1.5g"}) == 3 << 29
+    volume = manager.create("x2", driver_opts={"size": "64m"})
+    assert manager.is_disk(volume.name)
+    assert manager.inspect("x2")["Options"] == {"size": "64m"}

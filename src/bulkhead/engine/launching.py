@@ -183,7 +183,7 @@ async def _volume(
     path = volumes.hold(name, record.id, guests.holder(record, point), mounted=not disk)
     if not volumes.get(name).filled:
         if not point.no_copy:
-            with volumes.on_host(name) as seen:
+            with volumes.on_host(name, record.id) as seen:
                 await copyup.fill(engine, seen, lowers, point.destination)
         volumes.mark_filled(name)
     if disk:

@@ -27,7 +27,7 @@ from bulkhead.errors import Conflict, Invalid, NotFound
 from bulkhead.linux import syscall
 from bulkhead.state.database import Database
 from bulkhead.volumes import disks, options
-from bulkhead.volumes.leases import Holder, Leases
+from bulkhead.volumes.leases import HOST, Holder, Leases
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
 _MNT_DETACH = 2
@@ -177,8 +177,8 @@ class VolumeManager:
         disk = self.is_disk(name)
         if holder is not None:
             self.leases.take(name, holder, disk=disk, known=known)
-        elif disk and any(one.kernel for one in self.leases.holders(name)):
-            raise Conflict(f"volume {name} is in use as a disk of a workload with its own kernel")
+        elif disk:
+            self._not_lent(name, "")
         os.makedirs(path, mode=0o755, exist_ok=True)
         if disk and not mounted:
             return path
@@ -191,18 +191,27 @@ class VolumeManager:
         users.add(user)
         return path
 
+    def _not_lent(self, name: str, user: str) -> None:
+        for holder in self.leases.holders(name):
+            if holder.kernel != HOST and holder.user != user:
+                raise Conflict(
+                    f"volume {name} is a disk of {holder.name} (boundary {holder.boundary}): "
+                    f"stop {holder.name} first"
+                )
+
     def _mount_disk(self, name: str) -> None:
         self.image(name)
         disks.take_back(f"{self._root}/{name}")
         disks.mount(f"{self._root}/{name}", self.data(name))
 
     @contextlib.contextmanager
-    def on_host(self, name: str) -> Iterator[str]:
-        """Its directory, mounted for the moment; of one that no guest holds yet as a disk."""
+    def on_host(self, name: str, user: str = "") -> Iterator[str]:
+        """Its directory, mounted for the moment; Conflict if a guest other than `user` has it."""
         path = self.data(name)
         if not self.is_disk(name) or os.path.ismount(path):
             yield path
             return
+        self._not_lent(name, user)
         self._mount_disk(name)
         try:
             yield path
