@@ -38,7 +38,8 @@ LATEST_S = 0.4
 SCRIPT = """
 n=$(cat /n 2>/dev/null || echo 0)
 while :; do
-  n=$((n+1)); echo $n > /n.new; sync; mv /n.new /n; sync; echo $n > /host/n.new; mv /host/n.new /host/n; echo $n
+  n=$((n+1)); echo $n > /n.new; sync; mv /n.new /n; sync
+  echo $n > /host/n.new; mv /host/n.new /host/n; echo $n
 done
 """
 
@@ -161,4 +162,28 @@ def test_a_guest_can_be_killed_anywhere(rig: tuple[Rig, str], tmp_path: Path) ->
     with pytest.raises(NotFound):
         engine.call("workload.inspect", id="victim")
     for folder in (engine.root / "workloads", engine.run / "workloads", engine.run / "looks"):
-        until(lambda folder=folder: not folder.exists() or not os.listdir(folder), f"{folder}")  # type: ignore[misc]
+        until(lambda folder=folder: _empty(folder), f"{folder}")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("rig", ["sandbox"], indirect=True)
+def test_an_engine_may_be_killed_while_it_shows_files(rig: tuple[Rig, str]) -> None:
+    engine, boundary = rig
+    rigs.start(engine, "victim", "echo 1 > /n; sync; exit 0", boundary=boundary)
+    engine.call("workload.wait", id="victim")
+    reading, writing = os.pipe()
+    with rigs.Rpc(engine.socket) as rpc:
+        rpc.start("workload.archive_put", {"id": "victim", "path": "/"}, [reading])
+        until(lambda: not _empty(engine.run / "looks"), "its files are shown")
+        engine.kill()
+    os.close(reading)
+    os.close(writing)
+    engine.start()
+    assert fetch(engine, "workload.archive_get", id="victim", path="/n")["n"][1] == b"1\n"
+    engine.call("workload.start", id="victim")
+    engine.call("workload.wait", id="victim")
+    engine.call("workload.remove", id="victim")
+    until(lambda: _empty(engine.run / "looks"), "nothing is left of it")
+
+
+def _empty(folder: Path) -> bool:
+    return not folder.exists() or not os.listdir(folder)

@@ -21,7 +21,7 @@ from bulkhead.boundaries.guest.instance import Guest, GuestBoundary
 from bulkhead.boundaries.guest.interior import Interior, Sink, chunks
 from bulkhead.boundaries.guest.tree import Entry
 from bulkhead.boundary.seam import Bundle, Rootfs
-from bulkhead.engine import archive, guests, launching, table, views
+from bulkhead.engine import archive, copyup, guests, launching, table, views
 from bulkhead.engine.health import moment
 from bulkhead.engine.records import MountPoint, Workload
 from bulkhead.errors import Conflict, Denied, Invalid, NotFound, Unavailable, Unsupported
@@ -125,6 +125,8 @@ async def _in_volume(
             if point.name not in engine.volumes:
                 raise NotFound(f"get {point.name}: no such volume")
             source = engine.volumes.hold(point.name, workload.id)
+            if point.subpath:
+                source = copyup.subdirectory(source, point.subpath)
         try:
             flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             try:

@@ -48,7 +48,7 @@ _START_S = 130.0
 """Above the monitor's own patience, which has better words."""
 _EXEC_S = 60.0
 _KILL_S = 5.0
-_DISK_S = 15.0
+_DISK_S = 60.0
 """How long a guest may take to end that nobody waits for any more, before its disk is wanted."""
 
 

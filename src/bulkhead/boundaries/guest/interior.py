@@ -87,7 +87,9 @@ class Interior:
         feeder = threading.Thread(target=feed, name="put", daemon=True)
         try:
             with reading:
-                self._receive(arguments, list, stdin=reading, begun=feeder.start)
+                self._receive(
+                    arguments, list, stdin=reading, begun=feeder.start, excused=feeder.is_alive
+                )
         except BulkheadError:
             if failures:
                 raise failures[0] from None
@@ -107,6 +109,7 @@ class Interior:
         *,
         stdin: OwnedFd | None = None,
         begun: Callable[[], None] = lambda: None,
+        excused: Callable[[], bool] = lambda: False,
     ) -> _T:
         with contextlib.ExitStack() as undo:
             connection = undo.enter_context(self._link(_SILENT_S))
@@ -117,7 +120,7 @@ class Interior:
             stdin.close()
             writing.close()
             begun()
-            source = cast(BinaryIO, link.Patient(int(reading), _SILENT_S))
+            source = cast(BinaryIO, link.Patient(int(reading), _SILENT_S, excused))
             return handle(tree.Reader(source))
 
     # --- processes ---------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -168,10 +168,15 @@ def pipe() -> tuple[OwnedFd, OwnedFd]:
 
 
 class Patient:
-    """A pipe's reading end as a file whose reads fail if nothing comes for `timeout_s`."""
+    """A pipe's reading end as a file whose reads fail if nothing comes for `timeout_s`.
 
-    def __init__(self, fd: int, timeout_s: float) -> None:
-        self._fd, self._timeout_s = fd, timeout_s
+    While `excused` says so, nothing need come: the other side has something to wait for.
+    """
+
+    def __init__(
+        self, fd: int, timeout_s: float, excused: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._fd, self._timeout_s, self._excused = fd, timeout_s, excused
         self._data = bytearray()
         os.set_blocking(fd, False)
 
@@ -191,8 +196,12 @@ class Patient:
         while True:
             with contextlib.suppress(BlockingIOError):
                 return os.read(self._fd, size)
+            if self._excused():
+                deadline = time.monotonic() + self._timeout_s
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self._fd], [], [], left)[0]:
+            if select.select([self._fd], [], [], max(0.0, min(left, 1.0)))[0]:
+                continue
+            if left <= 0:
                 raise Unavailable(f"the guest sent nothing for {self._timeout_s:.0f} s")
 
 
