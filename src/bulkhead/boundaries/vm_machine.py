@@ -168,7 +168,8 @@ class Machine:
 
     async def update(self, resources: Resources) -> None:
         """Apply changed limits of processors and disks; Conflict for memory."""
-        if resources.memory is not None and resources.memory.limit is not None:
+        memory = resources.memory
+        if memory is not None and memory.limit not in (None, self.machine.memory_bytes):
             raise Conflict("the memory of a running machine cannot change: stop it, then vm update")
         limited = jail.resources(resources, shape(self.machine))
         limited.memory = None
