@@ -198,6 +198,8 @@ class Connection(asyncio.Protocol):
                     data = bytes(self.buffer[:end])
                     del self.buffer[: end + 4]
                     return message.parse_head(data)
+                if end < 0 and b"\n\n" in self.buffer:
+                    raise BadRequest("lines of a head end with CR LF")
                 if self.buffer and limit is None:
                     limit = self._loop.time() + HEAD_WITHIN_S
                 if self.ended:

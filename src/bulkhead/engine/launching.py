@@ -230,6 +230,7 @@ def _facts(
         sources=sources,
         namespaces=namespaces,
         shared_shm=shared_shm,
+        api=engine.home.in_run("docker.sock"),
         init=program_path("bulkhead-init") if record.host.init else "",
         rows=start.rows,
         columns=start.columns,

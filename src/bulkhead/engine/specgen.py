@@ -32,6 +32,8 @@ class Facts:
     namespaces: Mapping[str, str] = field(default_factory=dict)
     """Namespaces of others to join, by kind ("ipc", "pid", "user")."""
     shared_shm: str | None = None
+    api: str = ""
+    """The socket of Docker's API: bound into a user namespace, root there may open it."""
     init: str = ""
     """The path of our init on the host, if `--init` was given."""
     rows: int = 0
@@ -195,8 +197,9 @@ def _mounts(record: Record, facts: Facts) -> list[oci.Mount]:
                 options=["bind", "ro"],
             )
         )
+    mapped = record.host.userns_mode not in {"", "host"}
     own = [
-        specgen_mounts.point(mount, source)
+        specgen_mounts.point(mount, source, mapped=mapped and source == facts.api)
         for mount, source in zip(record.mounts, facts.sources, strict=True)
     ]
     return specgen_mounts.overlay(base, own)

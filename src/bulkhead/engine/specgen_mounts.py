@@ -71,8 +71,11 @@ def shm(host: body.HostConfig, shared: str | None) -> list[oci.Mount]:
     ]
 
 
-def point(mount: MountPoint, source: str) -> oci.Mount:
-    """One mount that was asked for; `source` is its directory on the host ("" for tmpfs)."""
+def point(mount: MountPoint, source: str, *, mapped: bool = False) -> oci.Mount:
+    """One mount that was asked for; `source` is its directory on the host ("" for tmpfs).
+
+    `mapped`: its owners are seen through the user namespace's maps (mount_setattr(2)).
+    """
     if mount.type_ == "tmpfs":
         return oci.Mount(
             destination=mount.destination,
@@ -84,6 +87,8 @@ def point(mount: MountPoint, source: str) -> oci.Mount:
     if not mount.rw:
         recursive = mount.recursive and mount.recursive_read_only != "off"
         options.append("rro" if recursive else "ro")
+    if mapped:
+        options.append("idmap")
     return oci.Mount(destination=mount.destination, type_="bind", source=source, options=options)
 
 
