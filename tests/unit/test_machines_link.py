@@ -1,6 +1,7 @@
 """The link of a machine: frames taken apart, greetings, garbage."""
 
 import contextlib
+import subprocess
 
 import pytest
 from hypothesis import given
@@ -61,11 +62,8 @@ def test_garbage_is_refused_or_waited_for(pieces: list[bytes]) -> None:
                 assert len(frame.payload) <= link.MOST
 
 
-def test_a_machines_seed_is_what_cloud_init_reads() -> None:
-    import yaml
-
-    told = yaml.safe_load(payload.SEED)
-    unit, command = told["write_files"]
-    assert "bulkhead.machines.agent" in unit["content"]
-    assert command["content"].startswith("#!/bin/sh\n")
-    assert told["mounts"][0][:3] == [f"LABEL={payload.LABEL}", payload.PLACE, "ext4"]
+def test_a_machines_seed_is_a_script() -> None:
+    done = subprocess.run(["sh", "-n"], input=payload.SEED, text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert payload.SEED.startswith("#!/bin/sh\n")
+    assert "bulkhead.machines.agent" in payload.SEED

@@ -104,8 +104,8 @@ async def create(
         raise Invalid(f"unknown firmware {kind!r}; there are {' and '.join(FIRMWARES)}")
     if wanted.engine:
         payload.check(wanted.image)
-        if wanted.user_data or not wanted.seeded:
-            raise Invalid("a machine's user-data are its own: --user-data and --no-seed exclude it")
+        if not wanted.seeded:
+            raise Invalid("a machine is set up by its seed: --no-seed excludes it")
     size = max(wanted.size, base.size if base else 0)
     if base and wanted.size and wanted.size < base.size:
         raise Invalid(f"the image {base.name} has {base.size} bytes: a disk cannot be smaller")

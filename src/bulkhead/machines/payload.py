@@ -39,23 +39,19 @@ WantedBy=multi-user.target
 """
 
 
-def _block(text: str) -> str:
-    """As a block of YAML, indented."""
-    return "".join(f"      {line}\n" for line in text.splitlines())
-
-
-SEED = f"""#cloud-config
-mounts: [["LABEL={LABEL}", "{PLACE}", "ext4", "ro,nofail", "0", "0"]]
-write_files:
-  - path: /etc/systemd/system/bulkhead-agent.service
-    content: |
-{_block(_UNIT)}
-  - path: /usr/local/bin/bulkhead
-    permissions: "0755"
-    content: |
-{_block(_COMMAND)}
-runcmd:
-  - [systemctl, enable, --now, bulkhead-agent.service]
+SEED = f"""#!/bin/sh
+# cloud-init's vendor-data of a machine: run once, at the first boot.
+set -e
+mkdir -p {PLACE}
+echo 'LABEL={LABEL} {PLACE} ext4 ro,nofail 0 0' >> /etc/fstab
+mount {PLACE}
+cat > /etc/systemd/system/bulkhead-agent.service <<'UNIT'
+{_UNIT}UNIT
+cat > /usr/local/bin/bulkhead <<'COMMAND'
+{_COMMAND}COMMAND
+chmod 755 /usr/local/bin/bulkhead
+systemctl daemon-reload
+systemctl enable --now bulkhead-agent.service
 """
 
 
