@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import cases_api
+from bench import cases_api, cases_build, cases_guest
 from bench.measure import interleaved, memory_kib, output, pss_kib, timed
 from bench.peers import Docker, Ours, busybox_root, bwrap_command, oci_bundle
 
@@ -373,4 +373,6 @@ CASES: dict[str, Callable[[Rig], Result]] = {
     "syscalls": syscalls,
     "churn": churn,
     **cases_api.CASES,
+    **cases_build.CASES,
+    **cases_guest.CASES,
 }
