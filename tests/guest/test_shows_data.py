@@ -88,14 +88,14 @@ def test_the_data_stays_when_the_boundary_changes(rig: Rig, left: list[str], bou
     config = {"Image": IMAGE, "Env": [f"ME={boundary}"]}
     rigs.start(rig, "web", WEB, config, Binds=["pages:/site"], **common)
     try:
-        until(lambda: _query(rig, "select 1") == (0, "1"), "the database answers", 120)
+        until(lambda: _query(rig, "select 1") == (0, "1"), "the database answers", 300)
         if not left:
             assert _query(rig, "create table visits (n serial, who text)")[0] == 0
         assert _query(rig, "select who from visits order by n")[1].split() == left
         assert _query(rig, f"insert into visits (who) values ('{boundary}')")[0] == 0
         left.append(boundary)
         assert _query(rig, "checkpoint; select count(*) from visits") == (0, str(len(left)))
-        until(lambda: f"page of {boundary}" in _fetch(rig, boundary), "the page is served", 120)
+        until(lambda: f"page of {boundary}" in _fetch(rig, boundary), "the page is served", 300)
         for other in left:
             assert f"page of {other}" in _fetch(rig, other)
     except AssertionError:
