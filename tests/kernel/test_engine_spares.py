@@ -111,3 +111,26 @@ def test_spares_serve_workloads_with_a_user_namespace(rig: Rig) -> None:
         done = rigs.run(rig, ["id", "-u"], UsernsMode="auto")
         assert (done.code, done.out) == (0, b"0\n")
         until(lambda: _spares(rig), "there are spares")
+
+
+_LOOK = (
+    "ls -lan /dev /dev/pts /dev/shm /dev/mqueue | grep -v extra | awk '{print $1,$3,$4,$NF}'; "
+    "grep ' /dev' /proc/mounts | sort; head -c 3 /dev/zero | wc -c; echo x >/dev/shm/x && echo fine"
+)
+
+
+def test_dev_from_the_reserve_is_what_a_child_would_make(rig: Rig) -> None:
+    """One with a device of its own is not from the reserve."""
+    device = {"PathOnHost": "/dev/null", "PathInContainer": "/dev/extra", "CgroupPermissions": "r"}
+    seen = []
+    for devices in ([device], []):
+        _run(rig)
+        body = {"Image": IMAGE, "Cmd": ["sh", "-c", _LOOK], "HostConfig": {"Devices": devices}}
+        made = rig.call("workload.create", body=body)["Id"]
+        rig.call("workload.start", id=made)
+        assert rig.call("workload.wait", id=made)["StatusCode"] == 0
+        text = rigs.logs(rig, made).decode()
+        seen.append([line for line in text.splitlines() if not line.startswith("total")])
+        rig.call("workload.remove", id=made)
+    assert "fine" in seen[0]
+    assert seen[0] == seen[1]

@@ -15,7 +15,7 @@ from bulkhead.boundaries import container_copyup, container_held, container_idma
 from bulkhead.boundaries.container_exec import exec_template
 from bulkhead.boundaries.container_plan import Ground, plan_launch
 from bulkhead.boundaries.container_process import candidates
-from bulkhead.boundaries.container_stock import Reserved, Stock, fits
+from bulkhead.boundaries.container_stock import Reserved, Stock
 from bulkhead.boundaries.container_template import Templates
 from bulkhead.boundary.registry import Services
 from bulkhead.boundary.seam import (
@@ -344,12 +344,9 @@ class Container:
             return joins, self._views()
         undo.callback(ready.close)
         joins = list(ready.joins)
-        if ready.view is not None and "userns" not in prepared:
-            for position, mount in enumerate(self.bundle.spec.mounts):
-                if fits(mount):
-                    prepared[f"mount{position}"] = ready.view
-                    return joins, {}
-        return joins, self._views()
+        offered = {} if "userns" in prepared else ready.offer(self.bundle.spec)
+        prepared.update(offered)
+        return joins, {} if ready.view in offered.values() else self._views()
 
     def _views(self) -> dict[str, str]:
         """The group's directory in every v1 hierarchy, by the hierarchy's name."""

@@ -51,7 +51,8 @@ class Ground:
     directories: tuple[bool, ...] = ()
     """For each mount of the configuration: whether a bind's source is a directory."""
     prepared: frozenset[str] = frozenset()
-    """Detached mounts that come along as descriptors: "root", "mount3"."""
+    """Detached mounts that come along as descriptors: "root", "mount3"; and those that are in one
+    of them already: "inside4"."""
     available: frozenset[str] | None = None
     """Capabilities the launcher can give; None: ask the kernel about this process."""
     kept: int = 0
@@ -255,6 +256,8 @@ class _Planner:
     # --- mounts ----------------------------------------------------------------------------
 
     def _mount(self, tree: Tree, position: int, mount: Mount, *, slave: bool) -> None:
+        if f"inside{position}" in self.ground.prepared:
+            return
         mount = _clean(mount)
         if mounts.is_bind(mount):
             self._bind(tree, position, mount, slave=slave)

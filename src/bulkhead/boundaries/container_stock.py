@@ -13,6 +13,7 @@ from functools import cache
 
 import msgspec
 
+from bulkhead.boundaries import container_devices
 from bulkhead.boundary.seam import Rootfs
 from bulkhead.isolation import mounts
 from bulkhead.isolation.cgroups import manager as cgroups
@@ -20,7 +21,7 @@ from bulkhead.isolation.cgroups.group import Group
 from bulkhead.linux import mounts as kernel
 from bulkhead.linux import overlayfs
 from bulkhead.linux.fds import OwnedFd
-from bulkhead.oci.runtime import Mount, Resources
+from bulkhead.oci.runtime import Mount, Resources, Spec
 
 VIEW_OPTIONS = ("nosuid", "noexec", "nodev", "relatime", "ro")
 """Options of the mount of /sys/fs/cgroup that a tree in stock has."""
@@ -34,6 +35,8 @@ class Reserved:
     resources: Resources
     joins: list[OwnedFd]
     view: OwnedFd | None = None
+    devices: OwnedFd | None = None
+    """Its /dev."""
     rootfs: Rootfs | None = None
     root: OwnedFd | None = None
     """`rootfs`, mounted nowhere yet."""
@@ -48,11 +51,22 @@ class Reserved:
 
     def close(self) -> None:
         """Close the descriptors; the group stays."""
-        for fd in (*self.joins, self.view, self.root):
+        for fd in (*self.joins, self.view, self.devices, self.root):
             if fd is not None:
                 fd.close()
         self.joins.clear()
-        self.view = self.root = None
+        self.view = self.devices = self.root = None
+
+    def offer(self, spec: Spec) -> dict[str, OwnedFd]:
+        """What is ready of the mounts of `spec`, by the names `Ground.prepared` has for them."""
+        found = {}
+        if self.view is not None:
+            for position, mount in enumerate(spec.mounts):
+                if fits(mount):
+                    found[f"mount{position}"] = self.view
+        if self.devices is not None:
+            found |= container_devices.offer(self.devices, spec)
+        return found
 
 
 class Stock:
@@ -69,8 +83,10 @@ class Stock:
             undo.callback(group.try_delete)
             made = Reserved(group, resources, group.join_fds())
             undo.callback(made.close)
-            if cgroups.detect().version == 1 and _nests():
-                made.view = view(group)
+            if _nests():
+                made.devices = container_devices.make()
+                if cgroups.detect().version == 1:
+                    made.view = view(group)
             undo.pop_all()
         with self._lock:
             self._kept[identity] = made

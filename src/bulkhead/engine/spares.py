@@ -27,6 +27,8 @@ KEPT = 4
 LOW = 2
 """With fewer than these the reserve is filled at once, else when starts have paused for QUIET_S."""
 QUIET_S = 0.03
+RETRY_S = 1.0
+"""When something could not be made, it is tried once more without the last start's root."""
 IDLE_S = 10.0
 """How long they are kept after the last start."""
 _BOUNDARY = "container"
@@ -137,6 +139,8 @@ class Spares:
             log.warning("nothing can be made ready ahead: %s", future.exception())
             self._refused = self._like is None
             self._like = None
+            if self._filling is None and self._timer is not None:
+                self._filling = self._engine.loop.call_later(RETRY_S, self._fill)
         self._remove(identity)
 
     def drop(self) -> None:
