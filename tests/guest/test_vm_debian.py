@@ -5,7 +5,6 @@ the engine inside. One boot serves all tests, which go in order.
 import contextlib
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
