@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from bulkhead.boundary import registry
 from bulkhead.build.cache import Cache
-from bulkhead.engine import body, views
+from bulkhead.engine import body, guests, views
 from bulkhead.engine.records import Workload
 from bulkhead.errors import BulkheadError, NotFound, Unavailable
 from bulkhead.images.catalog import Image
@@ -280,11 +279,14 @@ class Building:
     ) -> None:
         """Hand its writable layer over."""
         engine, record = self._engine, workload.record
-        if record.boundary in registry.GUESTS:
+        if guests.has_disk(record):
+            from bulkhead.build import squash
             from bulkhead.engine import guest_files
 
+            targets = [bind.target for bind in job.binds]
+
             def make(layer: Iterator[bytes]) -> Any:
-                keep(layer)
+                keep(squash.tidied(layer, self._disk, targets, job.latest_ns))
 
             asyncio.run_coroutine_threadsafe(
                 guest_files.commit(engine, workload, make, pause=False), engine.loop
