@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON := .venv/bin/python
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: demo test check soak bench format native setup clean
+.PHONY: demo test test-kernels check soak bench format native setup clean
 
 demo:
 	@scripts/setup demo
@@ -12,6 +12,10 @@ demo:
 test:
 	@scripts/setup test
 	@$(PYTHON) scripts/suites.py
+
+test-kernels:
+	@scripts/setup test
+	@$(PYTHON) scripts/test_kernels.py
 
 check:
 	@scripts/setup check

@@ -119,7 +119,8 @@ class Rig:
 
     def environment(self) -> dict[str, str]:
         """The engine's environment."""
-        return {**os.environ, "PYTHONPATH": str(SOURCE)}
+        others = os.environ.get("PYTHONPATH", "")
+        return {**os.environ, "PYTHONPATH": f"{SOURCE}:{others}" if others else str(SOURCE)}
 
     def launch(self) -> subprocess.Popen[bytes]:
         """The process alone, not waited for."""

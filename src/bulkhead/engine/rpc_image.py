@@ -92,6 +92,7 @@ class Bootstrap(Params, frozen=True):
     include: tuple[str, ...] = ()
     mirror: str | None = None
     lock: str | None = None
+    platform: str = ""
 
 
 class Login(Params, frozen=True):
@@ -253,6 +254,7 @@ async def bootstrap(engine: Engine, params: Bootstrap, call: Call) -> dict[str, 
             mirror=params.mirror,
             lock=params.lock,
             progress=progress,
+            platform=params.platform,
         ),
     )
     engine.events.emit("image", "bootstrap", image.id, {"name": params.name})

@@ -14,6 +14,7 @@ import email.utils
 import hashlib
 import os
 import subprocess
+import sys
 import tempfile
 import threading
 from collections import deque
@@ -24,12 +25,14 @@ from typing import Protocol
 
 import msgspec
 
-from bulkhead.errors import Conflict, Corrupt, Invalid, Unavailable
+from bulkhead.errors import Conflict, Corrupt, Invalid, Unavailable, Unsupported
 from bulkhead.images import apt, assemble
 from bulkhead.images.catalog import Catalog, Image, host_platform
 from bulkhead.images.progress import Progress, status
 from bulkhead.images.timestamps import of_nanoseconds
-from bulkhead.oci.image import ContainerConfig, History, ImageConfig, RootFS
+from bulkhead.isolation import binfmt
+from bulkhead.oci import platform as platforms
+from bulkhead.oci.image import ContainerConfig, History, ImageConfig, Platform, RootFS
 from bulkhead.oci.reference import parse
 from bulkhead.store import codecs
 
@@ -60,12 +63,13 @@ class Lock(msgspec.Struct, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the user asked for; `lock` is the lock file's path."""
+    """What the user asked for; `lock` is the lock file's path, `platform` "" this machine's."""
 
     name: str
     include: tuple[str, ...]
     mirror: str | None
     lock: str
+    platform: str = ""
 
 
 def bootstrap(catalog: Catalog, request: Request, progress: Progress) -> Image:
@@ -89,7 +93,7 @@ def bootstrap(catalog: Catalog, request: Request, progress: Progress) -> Image:
             sources = lock.sources
         else:
             sources = apt.sources_for(distribution, reference.tag, request.mirror)
-        architecture = _architecture()
+        architecture = _architecture(request.platform)
         tool = apt.Apt(work, architecture, sources)
         if lock is None:
             progress(status(f"Reading package lists for {reference.tag}"))
@@ -107,7 +111,7 @@ def bootstrap(catalog: Catalog, request: Request, progress: Progress) -> Image:
                 packages=tool.resolve(sorted(request.include)),
             )
         elif lock.architecture != architecture:
-            raise Conflict(f"{request.lock} is for {lock.architecture}, this is {architecture}")
+            raise Conflict(f"{request.lock} is for {lock.architecture}, not for {architecture}")
         size = sum(package.size for package in lock.packages)
         progress(status(f"Fetching {len(lock.packages)} packages, {size / 1e6:.1f} MB"))
         files = tool.download(lock.packages)
@@ -120,9 +124,22 @@ def bootstrap(catalog: Catalog, request: Request, progress: Progress) -> Image:
     return image
 
 
-def _architecture() -> str:
-    platform = host_platform()
+def _architecture(asked: str) -> str:
+    """The distribution's word for the platform; Unsupported if its programs cannot be run here."""
+    platform = platforms.parse(asked) if asked else host_platform()
+    if platform.os != "linux":
+        raise Unsupported(f"{platform} cannot be made of a distribution's packages: it is no Linux")
+    if not platforms.suits(platform, host_platform()):
+        apt.need("arch-test")
+        binfmt.interpreter(platform.architecture)
+        binfmt.check_kernel()
     return _DEBIAN.get(platform.architecture, platform.architecture)
+
+
+def _platform(architecture: str) -> Platform:
+    """The platform that the distribution calls `architecture`."""
+    names = {debian: name for name, debian in _DEBIAN.items()}
+    return platforms.normalise(Platform(names.get(architecture, architecture), "linux"))
 
 
 def _version() -> str:
@@ -225,8 +242,13 @@ def _command(lock: Lock, work: str) -> list[str]:
     with open(f"{work}/image-sources.list", "w", encoding="utf-8") as file:
         file.write(lines)
     names = ",".join(package.name for package in lock.packages)
+    platform, prefix = _platform(lock.architecture), []
+    if not platforms.suits(platform, host_platform()):
+        # Their programs run while they are installed: where nothing is registered for the host.
+        prefix = [sys.executable, "-m", "bulkhead.images.emulated", platform.architecture]
     remove = 'rm -f "$1/etc/resolv.conf" "$1/etc/hostname" "$1/etc/apt/apt.conf.d/99mmdebstrap"'
     return [
+        *prefix,
         "mmdebstrap",
         "--variant=minbase",
         "--format=tar",
@@ -248,7 +270,7 @@ def _build(catalog: Catalog, lock: Lock, work: str, progress: Progress) -> Image
     with catalog.store.lease():
         chunks = tar(_command(lock, work), lock.epoch, work, progress)
         layer = catalog.store.ingest(chunks, compression="", keep_blob=False)
-        platform = host_platform()
+        platform = _platform(lock.architecture)
         config = ImageConfig(
             architecture=platform.architecture,
             os=platform.os,
@@ -279,6 +301,7 @@ def tar(command: list[str], epoch: int, work: str, progress: Progress) -> Iterat
         "TMPDIR": work,
         "LC_ALL": "C.UTF-8",
         "SOURCE_DATE_EPOCH": str(epoch),
+        "PYTHONPATH": os.pathsep.join(sys.path),
     }
     last: deque[str] = deque(maxlen=8)
     with ExitStack() as undo:

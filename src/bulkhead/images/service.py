@@ -326,6 +326,7 @@ class ImageService:
         mirror: str | None = None,
         lock: str | None = None,
         progress: Progress = silent,
+        platform: str = "",
     ) -> Image:
         """An image from a distribution's packages ("debian:bookworm" plus `include`).
 
@@ -339,5 +340,5 @@ class ImageService:
             path = self.home.in_root("bootstrap", f"{name.replace('/', '_')}.lock.json")
             with suppress(FileNotFoundError):
                 os.unlink(path)
-        request = Request(name, tuple(include), mirror, path)
+        request = Request(name, tuple(include), mirror, path, platform)
         return bootstrap(self.catalog, request, progress)

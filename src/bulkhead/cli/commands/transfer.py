@@ -71,6 +71,8 @@ def bootstrap(context: Context, parsed: Parsed) -> None:
         params["include"] = [package for package in parsed["include"] if package]
     if parsed["mirror"]:
         params["mirror"] = parsed["mirror"]
+    if parsed["platform"]:
+        params["platform"] = parsed["platform"]
     if parsed["lock"]:
         params["lock"] = os.path.abspath(parsed["lock"])
     sys.stdout.flush()
@@ -106,10 +108,11 @@ COMMANDS = {
             Option("--mirror", "string", "Where the packages come from, as URL"),
             Option("--lock", "string", "Lock file: written, or followed if it exists",
                    complete="file"),
-            _QUIET,
+            _PLATFORM, _QUIET,
         ),
         examples=(
             "bulkhead image bootstrap debian:bookworm",
+            "bulkhead image bootstrap --platform linux/arm64 debian:bookworm",
             "bulkhead image bootstrap debian:bookworm --include nginx-light,curl",
         ),
         least=1, most=1,
