@@ -48,6 +48,11 @@ def attributes(workload: Workload, **more: object) -> dict[str, str]:
     }
 
 
+def _oom_kills(instance: object) -> int:
+    """How many processes of an instance were killed for want of memory."""
+    return instance.oom_kills() if isinstance(instance, Measured) else 0
+
+
 def _dispose(instance: Disposable, paths: Sequence[str]) -> None:
     instance.dispose()
     for path in paths:
@@ -166,10 +171,11 @@ class Lifecycle:
         engine, record = self._engine, workload.record
         number = workload.launch_number = workload.launch_number + 1
         engine.health.end(workload)
+        kills = _oom_kills(workload.instance)  # while the keeper delivers the last output
         await self._drained(workload)
         if workload.launch_number != number or not workload.running:
             return
-        self._write_end(workload, status, finished_ns)
+        self._write_end(workload, status, finished_ns, kills)
         again = restart.wanted(
             record.host.restart_policy,
             exit_code=record.exit_code,
@@ -208,7 +214,9 @@ class Lifecycle:
         with contextlib.suppress(BulkheadError):
             await self._engine.processes.keeper.drained(workload.id)
 
-    def _write_end(self, workload: Workload, status: int | None, finished_ns: int) -> None:
+    def _write_end(
+        self, workload: Workload, status: int | None, finished_ns: int, kills: int
+    ) -> None:
         record = workload.record
         record.status = "exited"
         record.pid = 0
@@ -220,7 +228,7 @@ class Lifecycle:
         instance: object = workload.instance
         if isinstance(instance, Secluded) and (failure := instance.failure()):
             record.error = f"the guest failed: {failure}"
-        if isinstance(instance, Measured) and instance.oom_kills() > 0:
+        if kills > 0:
             record.oom_killed = True
             inside = instance.inside_kills() if isinstance(instance, Secluded) else 0
             record.oom_text = (
