@@ -25,4 +25,11 @@ async def usage(engine: "Engine") -> dict[str, Any]:
         size = await engine.blocking(lambda name=name: engine.volumes.usage(name))  # type: ignore[misc]
         count = len(engine.volume_users(name))
         volumes.append({**shown, "UsageData": {"Size": size, "RefCount": count}})
-    return {**images, "Containers": containers, "Volumes": volumes, "BuildCache": []}
+    cache = await engine.blocking(lambda: _cache(engine))
+    return {**images, "Containers": containers, "Volumes": volumes, "BuildCache": cache}
+
+
+def _cache(engine: "Engine") -> list[dict[str, Any]]:
+    from bulkhead.build import prune  # an engine that never builds does without
+
+    return prune.usage(engine.builds.cache)

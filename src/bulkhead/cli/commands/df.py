@@ -40,6 +40,8 @@ def rows(found: dict[str, Any]) -> list[Row]:
     def size(some: list[dict[str, Any]]) -> int:
         return sum(max((v.get("UsageData") or {}).get("Size", 0), 0) for v in some)
 
+    cache = found.get("BuildCache") or []
+    cached = sum(entry.get("Size") or 0 for entry in cache)
     active = sum(1 for i in images if (i.get("Containers") or 0) > 0)
     return [
         _row("Images", len(images), active, total, max(total - used, 0) if active else total),
@@ -47,7 +49,7 @@ def rows(found: dict[str, Any]) -> list[Row]:
              written - sum(c.get("SizeRw") or 0 for c in running)),
         _row("Local Volumes", len(volumes), len(linked), size(volumes),
              size(volumes) - size(linked)),
-        _row("Build Cache", 0, 0, 0, 0),
+        _row("Build Cache", len(cache), 0, cached, cached),
     ]  # fmt: skip
 
 
