@@ -14,6 +14,7 @@
 #include "launch.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/sched.h>
 #include <signal.h>
 #include <stdio.h>
@@ -75,6 +76,8 @@ static void default_signals(void)
 static _Noreturn void child(char *program, const int *fds, int channel, int mapped, struct progress *p)
 {
     char go;
+    /* It came through our own exec; the workload's must close it, by which the caller knows. */
+    fcntl(channel, F_SETFD, FD_CLOEXEC);
     /* Until the program says that it stays without its parent, it goes with it. */
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (mapped && recv(channel, &go, 1, 0) != 1)

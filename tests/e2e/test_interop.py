@@ -5,15 +5,13 @@ Whatever way an image goes, its digest stays the same.
 
 import json
 import os
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.dockerd import Dockerd, dockerd, remove_groups
+from tests.helpers.dockerd import Dockerd, dockerd
 from tests.helpers.images import (
     Blobs,
     build,
@@ -23,12 +21,13 @@ from tests.helpers.images import (
     oci_archive,
     tar_of,
 )
-from tests.helpers.installation import TIMEOUT_S, Done, Installation, installation
+from tests.helpers.installation import Done, Installation, installation
+from tests.helpers.podman import Podman, run
+from tests.helpers.podman import podman as podman_of
 from tests.helpers.registry import Registry, need, registry
 from tests.helpers.residue import residue
 
 SAYS = ("cat", "/said")
-GROUP = f"/bh-podman-{os.getpid()}"
 
 
 @dataclass
@@ -114,47 +113,11 @@ KINDS = {
 }
 
 
-def run(*argv: str, code: int = 0) -> str:
-    done = subprocess.run(
-        argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=TIMEOUT_S
-    )
-    assert done.returncode == code, f"{argv}: {done.returncode}\n{done.stdout}{done.stderr}"
-    return done.stdout
-
-
-class Podman:
-    """podman on directories of its own."""
-
-    RUN = (
-        "--network=none", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1000:1000",
-        f"--cgroup-parent={GROUP}",
-    )  # fmt: skip
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.options = [
-            "podman", "--root", str(folder / "root"), "--runroot", str(folder / "run"),
-            "--tmpdir", str(folder / "tmp"), "--storage-driver", "vfs", "--runtime", "runc",
-            "--cgroup-manager", "cgroupfs", "--events-backend", "none",
-        ]  # fmt: skip
-
-    def __call__(self, *argv: str) -> str:
-        return run(*self.options, *argv)
-
-    def runs(self, name: str, *argv: str) -> str:
-        """What a container of an image prints."""
-        return self("run", "--rm", *self.RUN, name, *argv)
-
-
 @pytest.fixture
 def podman() -> Iterator[Podman]:
     need("podman", "runc")
-    with tempfile.TemporaryDirectory(prefix="bh-", dir="/var/tmp") as short:  # it wants it short
-        made = Podman(Path(short))
+    with podman_of("runc") as made:
         yield made
-        made("rm", "-a", "-f")
-        made("rmi", "-a", "-f")
-        remove_groups(GROUP)
 
 
 @pytest.mark.parametrize("kind", ["gzip", "zstd", "commit"])

@@ -16,7 +16,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,15 +73,25 @@ def missing() -> str:
 
 @contextlib.contextmanager
 def dockerd(
-    folder: Path, *, network: bool = False, insecure: Sequence[str] = ()
+    folder: Path,
+    *,
+    network: bool = False,
+    insecure: Sequence[str] = (),
+    runtimes: Mapping[str, str] | None = None,
 ) -> Iterator[Dockerd]:
-    """A daemon on directories below `folder`; skips the test if there is none on this machine."""
+    """A daemon on directories below `folder`; skips the test if there is none on this machine.
+
+    `runtimes` are OCI runtimes by name, as programs.
+    """
     if reason := missing():
         pytest.skip(reason)
     place = folder / "dockerd"
     place.mkdir()
     group = f"/bh-dockerd-{os.getpid()}-{time.monotonic_ns()}"
-    (place / "daemon.json").write_text(json.dumps({"insecure-registries": list(insecure)}))
+    settings: dict[str, object] = {"insecure-registries": list(insecure)}
+    if runtimes:
+        settings["runtimes"] = {name: {"path": path} for name, path in runtimes.items()}
+    (place / "daemon.json").write_text(json.dumps(settings))
     (place / "client").mkdir()
     command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     command += ["--net"] if network else []

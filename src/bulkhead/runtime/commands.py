@@ -30,6 +30,7 @@ def _options(context: Context) -> Options:
 def create(context: Context) -> int:
     """Make a container; its program waits for `start`."""
     options = _options(context)
+    context.records.path(context.arguments[0])
     spec, _ = lifecycle.read_bundle(options.bundle)
     if spec.process is not None and spec.process.terminal and not options.console_socket:
         raise Invalid("process.terminal needs --console-socket with create")

@@ -27,6 +27,7 @@ from bulkhead.boundary.registry import Services
 from bulkhead.boundary.seam import Bundle, Rootfs, Stdio
 from bulkhead.errors import Conflict, Internal, Invalid, NotFound, Unsupported
 from bulkhead.isolation import mounts
+from bulkhead.isolation.cgroups import manager as cgroups
 from bulkhead.linux import openat2, pidfd, prctl, procfs
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.oci.runtime import DeviceCgroup, Hooks, Mount, Process, Resources, Spec, decode
@@ -125,7 +126,7 @@ def cgroup_path(path: str, identity: str) -> str:
             f"linux.cgroupsPath {path!r} is systemd's form, which this runtime does not speak yet: "
             "configure the engine for the cgroupfs driver"
         )
-    return "/" + os.path.normpath(path).lstrip("/") if path else f"/bulkhead/{identity}"
+    return "/" + os.path.normpath(path).lstrip("/") if path else f"/bulkhead-runtime-{identity}"
 
 
 def boundary_of(spawner: Spawner) -> ContainerBoundary:
@@ -137,6 +138,7 @@ class _Creation:
     """One `create` under way."""
 
     def __init__(self, records: Records, identity: str, options: Options) -> None:
+        records.path(identity)
         self.records, self.options = records, options
         self.bundle = os.path.realpath(options.bundle)
         self.spec, root = read_bundle(self.bundle)
@@ -265,7 +267,6 @@ def check_program(pid: int, process: Process) -> None:
 
 def create(records: Records, identity: str, options: Options) -> Record:
     """Make the container `identity` up to the moment before its program runs."""
-    records.path(identity)
     return _Creation(records, identity, options).run()
 
 
@@ -377,10 +378,11 @@ def delete(records: Records, identity: str, *, force: bool, warn: Warn) -> None:
         status = records.status(record)
         if status in ("running", "paused") and not force:
             raise Conflict(f"cannot delete container {identity} that is not stopped: {status}")
-        group = load(records, record).group if record.pid else None
-        if group is not None:
+        group = cgroups.detect().open(record.cgroup)
+        if group.exists():  # also after a `create` that was killed
             group.kill()
-            _await_end(record)
+            if record.pid:
+                _await_end(record)
             group.delete()
         declared = (records.spec(identity).hooks if record.pid else None) or Hooks()
         point = hooks.Point("poststop", declared.poststop, hooks.outside)
