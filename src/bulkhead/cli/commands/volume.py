@@ -125,7 +125,10 @@ COMMANDS = {
             Option("--name", "string", "Specify volume name", hidden=True),
             Option("-o, --opt", "map", "Set driver specific options"),
         ),
-        examples=("bulkhead volume create --label app=db data",), most=1,
+        examples=(
+            "bulkhead volume create --label app=db data",
+            "bulkhead volume create --opt size=1g limited",
+        ), most=1,
     ),
     "volume ls": Command(
         "volume ls", "List volumes", ls,
