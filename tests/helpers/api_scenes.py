@@ -61,7 +61,7 @@ SCENES = {
         D run --rm --network nope busybox true
         D run --rm --runtime nope busybox true
         D run --rm --pull never nope:1 true
-        D run --rm -d busybox true >/dev/null
+        D rm -f $(D run -d busybox true) | wc -l
         D run --rm --log-driver none busybox echo unlogged
         D run -d --name tty -t busybox sh -c 'tty; echo seen'
         D wait tty
@@ -82,7 +82,7 @@ SCENES = {
         D logs one
         D logs --tail 2 one
         D logs -t one
-        D logs --since 1h --until 1s one
+        D logs --since 1h --until 0s one
         D exec one echo in
         D exec one sh -c 'exit 4'
         D exec one nope

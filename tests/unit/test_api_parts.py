@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import re
 
 import msgspec
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +16,7 @@ from bulkhead.api.routes import ROUTES, Routes
 from bulkhead.api.streams import framed
 from bulkhead.engine import body, hosts
 from bulkhead.errors import CommandNotFound, Conflict, Corrupt, Denied, Invalid, NotFound
+from tests.helpers.api_fuzz import SWAGGER
 
 
 def test_a_head_is_taken_apart() -> None:
@@ -220,3 +223,22 @@ def test_hosts() -> None:
             hosts.parse(bad)
     with pytest.raises(Denied, match="without mutual TLS"):
         hosts.check(hosts.Places(("tcp://127.0.0.1:1",), verify=True))
+
+
+NEWER = {"/images/{name}/attestations"}
+"""Paths of versions of the API after 1.50."""
+
+
+def test_every_path_of_the_specification_has_a_handler() -> None:
+    if not SWAGGER.exists():
+        pytest.skip(f"{SWAGGER} is not here")
+    document = yaml.load(SWAGGER.read_text(), Loader=yaml.CSafeLoader)
+    missing = [
+        f"{method} {path}"
+        for path, item in document["paths"].items()
+        for method in item
+        if method in {"get", "post", "put", "delete", "head"}
+        and path not in NEWER
+        and ROUTES.find(method.upper(), re.sub(r"\{\w+\}", "x", path)) is None
+    ]
+    assert not missing

@@ -66,8 +66,6 @@ async def df(x: Exchange) -> dict[str, Any]:
     if wanted - DF_TYPES:
         raise Invalid(f"unknown object type: {sorted(wanted - DF_TYPES)[0]}")
     found: dict[str, Any] = await x.call("system.df")
-    if not found.get("BuildCache"):
-        found["BuildCache"] = await x.call("build.usage")
     if x.version < (1, 44):
         for image in found.get("Images") or ():
             image["VirtualSize"] = image["Size"]
