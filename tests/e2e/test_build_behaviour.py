@@ -1,10 +1,14 @@
 """What builds promise beside their result: cache, errors, arguments, secrets, cancellation."""
 
+import functools
+import hashlib
+import http.server
 import io
 import json
 import os
 import signal
 import tarfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -289,3 +293,37 @@ def test_an_engine_that_is_killed_leaves_no_step(tmp_path: Path) -> None:
         assert process.returncode != 0
         until(lambda: shop("ps", "-aq").ok().out == "", "the next engine removes the step")
         assert os.listdir(tmp_path / "here" / "root" / "workloads") == []
+
+
+def test_urls(shop: Workshop, tmp_path: Path) -> None:
+    files = tmp_path / "served"
+    files.mkdir()
+    (files / "file.txt").write_text("fetched\n")
+    with tarfile.open(files / "a.tar.gz", "w:gz") as tar:
+        tar.add(files / "file.txt", "packed.txt")
+    handler = functools.partial(_Quiet, directory=str(files))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_address[1]}"
+            digest = hashlib.sha256(b"fetched\n").hexdigest()
+            text = (
+                f"FROM busybox\nADD --checksum=sha256:{digest} {url}/file.txt /d/\n"
+                f"ADD {url}/a.tar.gz /kept.gz\nADD --unpack=true {url}/a.tar.gz /unpacked/\n"
+            )
+            shop.build("-t", "urls", dockerfile=text).ok()
+            script = "cat /d/file.txt /unpacked/packed.txt; stat -c %a /d/file.txt /kept.gz"
+            assert shop.run("urls", "sh", "-c", script) == "fetched\nfetched\n600\n600\n"
+            wrong = f"FROM busybox\nADD --checksum=sha256:{'0' * 64} {url}/file.txt /d/\n"
+            shop.build(dockerfile=wrong).failed(1, "digest mismatch")
+            gone = f"FROM busybox\nADD {url}/nothing /d/\n"
+            shop.build(dockerfile=gone).failed(1, "Dockerfile:2:5: ", "404")
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass

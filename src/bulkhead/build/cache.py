@@ -18,7 +18,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 from bulkhead.errors import Invalid
@@ -60,7 +60,7 @@ class Cache:
         self._lock = threading.RLock()
         self._steps: dict[str, Step] | None = None
         self._busy: dict[str, int] = {}
-        self._locks: dict[str, threading.Lock] = {}
+        self._locks: dict[str, threading.RLock] = {}
 
     # --- steps
 
@@ -131,17 +131,22 @@ class Cache:
         return f"{self.root}/mounts/{digest}"
 
     @contextlib.contextmanager
-    def mount(self, name: str, sharing: str) -> Iterator[str]:
+    def mount(
+        self, name: str, sharing: str, check: Callable[[], None] = lambda: None
+    ) -> Iterator[str]:
         """The directory of the cache mount `name`, for one step.
 
-        `shared`: at the same time as others; `locked`: after them; `private`: one of its own.
+        `shared`: at the same time as others; `locked`: after them; `private`: one of its own. Who
+        takes several locked ones takes them by name. `check` may end the wait by raising.
         """
         folder = self._folder(name)
         with contextlib.ExitStack() as undo:
             if sharing == "locked":
                 with self._lock:
-                    lock = self._locks.setdefault(folder, threading.Lock())
-                undo.enter_context(lock)
+                    lock = self._locks.setdefault(folder, threading.RLock())
+                while not lock.acquire(timeout=0.2):
+                    check()
+                undo.callback(lock.release)
             with self._lock:
                 self._load()
                 path = self._claim(folder, name, private=sharing == "private")

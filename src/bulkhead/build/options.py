@@ -29,7 +29,6 @@ class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     cache_to: list[str] = []
     provenance: bool = False
     sbom: bool = False
-    output: str = ""
     limits: dict[str, object] = {}
     auths: dict[str, dict[str, str]] = {}
     format: str = "events"
@@ -37,7 +36,6 @@ class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What the descriptor is: "archive", "directory", or "none"."""
     source: str = ""
     """What the user called the context, for provenance."""
-    allow_empty: bool = False
 
     @property
     def epoch(self) -> int | None:

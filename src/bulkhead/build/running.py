@@ -222,6 +222,7 @@ class _Mounts:
     def make(self, undo: contextlib.ExitStack) -> _Prepared:
         """Make them."""
         prepared = _Prepared()
+        caches = self._caches(undo)
         sources = iter(self._found)
         for number, (mount, values) in enumerate(zip(self._mounts, self._values, strict=True)):
             if mount.kind == "bind":
@@ -233,7 +234,7 @@ class _Mounts:
                 source = f"{place}/{path}" if path else place
                 prepared.binds.append(Bind(self._target(mount, values), source, not writable))
             elif mount.kind == "cache":
-                prepared.binds.append(self._cache(mount, values, undo))
+                prepared.binds.append(self._cache(mount, values, caches))
             elif mount.kind == "tmpfs":
                 size = values.get("size", "")
                 options = f"size={size}" if size else "rw"
@@ -246,14 +247,26 @@ class _Mounts:
                 self._agent(mount, values, prepared, number)
         return prepared
 
-    def _cache(self, mount: Mount, values: dict[str, str], undo: contextlib.ExitStack) -> Bind:
+    def _caches(self, undo: contextlib.ExitStack) -> dict[tuple[str, str], str]:
+        """The directories of all cache mounts, taken in one order by everybody: no deadlock."""
+        builder = self._build.builder
+        wanted = {
+            (values.get("id") or self._target(mount, values), values.get("sharing") or "shared")
+            for mount, values in zip(self._mounts, self._values, strict=True)
+            if mount.kind == "cache"
+        }
+        return {
+            (name, sharing): undo.enter_context(builder.cache.mount(name, sharing, builder.check))
+            for name, sharing in sorted(wanted)
+        }
+
+    def _cache(
+        self, mount: Mount, values: dict[str, str], caches: dict[tuple[str, str], str]
+    ) -> Bind:
         if values.get("from"):
             raise mount.at.error("cache mounts that begin with an image's files are not supported")
         target = self._target(mount, values)
-        sharing = values.get("sharing") or "shared"
-        path = undo.enter_context(
-            self._build.builder.cache.mount(values.get("id") or target, sharing)
-        )
+        path = caches[values.get("id") or target, values.get("sharing") or "shared"]
         if not os.listdir(path):
             os.chown(path, _number(mount, values, "uid", 0), _number(mount, values, "gid", 0))
             os.chmod(path, _mode(mount, values, 0o755))

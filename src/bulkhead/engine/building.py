@@ -358,7 +358,7 @@ def _body(job: "Job") -> body.CreateBody:
     found: body.CreateBody = msgspec.convert(
         {
             "Image": job.image or "scratch",
-            "Hostname": "" if job.network == "host" else _HOSTNAME,
+            "Hostname": "" if job.network.startswith(("host", "container:")) else _HOSTNAME,
             "Entrypoint": [],
             "Cmd": list(job.args),
             "Env": list(job.env),

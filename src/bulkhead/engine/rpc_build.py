@@ -106,7 +106,7 @@ async def run(engine: Engine, params: Run, call: Call) -> dict[str, Any]:
         for stop in stops:
             stop.set()
         if context is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 os.set_blocking(int(context), False)
         await asyncio.wait([future])
         raise
