@@ -87,7 +87,8 @@ class Maker:
             query.append(("condition", "nope"))
         if path in {"/auth", "/distribution/{name}/json", "/images/search", "/images/{name}/push"}:
             target = target.replace("/images/search", "/images/searches")
-            headers["X-Registry-Auth"] = self._random.choice(("!", "bm8="))  # refused before anybody is asked
+            # Refused before any registry is asked.
+            headers["X-Registry-Auth"] = self._random.choice(("!", "bm8="))
             body = b"[]" if path == "/auth" else b""
         prefix = self._random.choice(("", "/v1.40", "/v1.44", "/v1.50"))
         if query:
