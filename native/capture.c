@@ -25,6 +25,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <sys/un.h>
 
 #define PARK SIGFPE
@@ -40,7 +41,7 @@ static uint64_t pages[4096];
 static _Alignas(16) char stack[1 << 16];
 static char socket_path[IMAGE_PATH];
 static int listener = -1, client = -1, target = -1, control = -1;
-static uint32_t parked, phase, in_image;
+static uint32_t parked, phase, in_image, active;
 static int own_tid;
 static const char *problem;
 
@@ -348,6 +349,8 @@ static void on_park(int signal, siginfo_t *info, void *context)
         write_image(context);
         return;
     }
+    if (!active)
+        return; /* asked twice */
     uint32_t now = phase;
     add_thread(context, 0);
     __atomic_fetch_add(&parked, 1, __ATOMIC_SEQ_CST);
@@ -360,23 +363,41 @@ static uint32_t wanted;
 
 static void park(int tid)
 {
-    if (tid != own_tid && !raw(SYS_tgkill, raw(SYS_getpid, 0, 0, 0), tid, PARK))
-        wanted++;
+    if (tid == own_tid)
+        return;
+    wanted++;
+    for (uint32_t i = 0; i < parked && i < IMAGE_THREADS; i++)
+        if (image.thread[i].tid == (uint32_t)tid)
+            return;
+    raw(SYS_tgkill, raw(SYS_getpid, 0, 0, 0), tid, PARK);
+}
+
+/* Until every thread there is stands still: some end or begin meanwhile. */
+static void park_all(void)
+{
+    const struct timespec moment = {0, 20000000};
+    do {
+        wanted = 0;
+        each_entry("/proc/self/task", park);
+        uint32_t now = __atomic_load_n(&parked, __ATOMIC_SEQ_CST);
+        if (now != wanted)
+            raw4(SYS_futex, &parked, FUTEX_WAIT, now, &moment);
+    } while (!problem && __atomic_load_n(&parked, __ATOMIC_SEQ_CST) != wanted);
 }
 
 /* Everybody stands still, the image is written, everybody goes on. */
 static void capture(void)
 {
     problem = NULL;
-    wanted = parked = 0;
+    parked = 0;
+    active = 1;
     image = (struct image){.magic = IMAGE_MAGIC};
     own_tid = (int)raw(SYS_gettid, 0, 0, 0);
-    each_entry("/proc/self/task", park);
-    for (uint32_t now; (now = __atomic_load_n(&parked, __ATOMIC_SEQ_CST)) < wanted;)
-        raw4(SYS_futex, &parked, FUTEX_WAIT, now, 0);
+    park_all();
     if (image.threads >= IMAGE_THREADS)
         problem = "it has too many threads";
     raw(SYS_tgkill, raw(SYS_getpid, 0, 0, 0), own_tid, PARK); /* write_image() */
+    active = 0;
     if (in_image) /* in a process made of the image: the others do not wait */
         return;
     __atomic_fetch_add(&phase, 1, __ATOMIC_SEQ_CST);

@@ -162,14 +162,6 @@ static void sort_descriptors(void)
             close(high[i]);
 }
 
-/* Its own heap is not to serve the captured libc, whose memory would then be in no image of it. */
-static void block_heap(void)
-{
-    uint64_t end = ((uint64_t)sbrk(0) + 2 * IMAGE_PAGE - 1) / IMAGE_PAGE * IMAGE_PAGE;
-    if (mmap((void *)end, IMAGE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) == MAP_FAILED)
-        fail("the heap", errno);
-}
-
 /* What this process is called is on a stack that will be gone: move it. A kernel that does not let
  * us shows no name. */
 static void keep_name(int argc, char **argv)
@@ -193,6 +185,8 @@ static void forbid(void)
 #define REFUSE(call) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, call, 0, 1), BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM)
     struct sock_filter code[] = {
         LOAD(nr),
+        /* The break is that of this program: the captured libc is to map memory instead. */
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_brk, 0, 1), BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO),
         REFUSE(SYS_execve), REFUSE(SYS_execveat), REFUSE(SYS_fork), REFUSE(SYS_vfork), REFUSE(SYS_ptrace),
         REFUSE(SYS_socket), REFUSE(SYS_bind), REFUSE(SYS_connect), REFUSE(SYS_setsid), REFUSE(SYS_unshare),
         BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_clone3, 0, 1), BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSYS),
@@ -319,7 +313,6 @@ int main(int argc, char **argv)
     prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0);
     prctl(PR_SET_NAME, "qemu", 0, 0, 0);
     keep_name(argc, argv);
-    block_heap();
     forbid();
     sigset_t all;
     sigfillset(&all);
