@@ -110,6 +110,16 @@ def test_files_and_leases_survive_the_engine(rig: Rig) -> None:
     rig.call("volume.remove", name="stays")
 
 
+def test_restarts_have_their_files(rig: Rig, folder: Path) -> None:
+    script = "echo x >> /data/starts; [ $(wc -l < /data/starts) = 4 ]"
+    host = {"RestartPolicy": {"Name": "on-failure", "MaximumRetryCount": 9}}
+    rigs.start(rig, "again", script, Binds=[f"{folder}:/data"], boundary="sandbox", **host)
+    until(lambda: rigs.state(rig, "again")["Status"] == "exited", "it has started four times")
+    assert rigs.state(rig, "again")["ExitCode"] == 0
+    assert (folder / "starts").read_text() == "x\n" * 4
+    rig.call("workload.remove", id="again")
+
+
 def test_large_files_come_whole(rig: Rig, folder: Path) -> None:
     data = os.urandom(1 << 20) * 24
     (folder / "in").write_bytes(data)

@@ -33,7 +33,7 @@ from bulkhead.oci.runtime import Capabilities, Linux, Mount, Process, Rlimit, Ro
 
 PROGRAM = "/usr/bin/bulkhead-files"
 NAME = "files"
-"""The launcher knows the server as "ID/files"."""
+"""The launcher knows a server as "ID/files-HEX"."""
 MOST = 48
 """Sources of one guest; the server's own limit is higher."""
 _SHARED = "250"
@@ -115,7 +115,8 @@ class Shares:
             root = roots.make(NAME, {PROGRAM: program})
             nodes = max(_LEAST_NODES, memory_bytes // _NODE_BYTES)
             bundle = Bundle(
-                id=f"{self.bundle.id}/{NAME}",
+                # Another one each time: the last one's end may not have been noticed yet.
+                id=f"{self.bundle.id}/{NAME}-{os.urandom(4).hex()}",
                 spec=self._spec(
                     f"{directory}/shares", max(_LEAST_NODES, memory_bytes // _NODE_BYTES)
                 ),
