@@ -11,6 +11,7 @@ import pytest
 
 from bulkhead.engine import archive, copyup
 from bulkhead.errors import BulkheadError, Invalid
+from bulkhead.linux import copying
 
 OPTIONS = archive.Options(keep_kinds=False, owner=(os.getuid(), os.getgid()))
 
@@ -203,7 +204,7 @@ def test_filling_a_volume_follows_nothing(root: int, tmp_path: Path) -> None:
     into = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
     source = os.open(tmp_path / "root", os.O_RDONLY | os.O_DIRECTORY)
     try:
-        copyup.copy_tree(source, into, {})
+        copying.copy_directory(source, into)
     finally:
         os.close(into)
         os.close(source)
