@@ -33,6 +33,10 @@ IGNORED = [
     ("[^a]x", ["bx"], ["ax"]),
     (r"\!x", ["!x"], ["x"]),
     ("a/../b", ["b"], ["a"]),
+    ("a*b*c", ["abc", "axbxbyc", "abcbc"], ["ab", "acb", "a/bc"]),
+    ("**/a/*/b", ["a/x/b", "a/a/x/b", "q/a/y/b"], ["a/b", "a/x/y/b"]),
+    ("a**/b", ["ab", "ax/b", "a/x/b"], ["b"]),
+    ("**/x*y*/z", ["xy/z", "d/x1y2/z"], ["xy/w/z", "x/yz"]),
     ("**\n!src", ["x", "y/z"], ["src", "src/x"]),
     ("*\n!*.go", ["x", "d"], ["x.go"]),
     ("", [], ["x"]),
@@ -46,6 +50,16 @@ def test_ignore(text: str, out: list[str], kept: list[str]) -> None:
     rules = Ignore(lines(text))
     assert [path for path in out if not rules.ignored(path)] == []
     assert [path for path in kept if rules.ignored(path)] == []
+
+
+def test_hostile_patterns_take_no_time() -> None:
+    deep, long = "/".join("a" * 128), "a" * 255
+    for pattern in ("*a" * 60 + "b", "**/a/" * 40 + "b", "**/" * 90 + "b", "?*" * 60 + "b"):
+        rules = Ignore([pattern])
+        assert not rules.ignored(long)
+        assert not rules.ignored(deep)
+    with pytest.raises(Invalid, match=r"\*\*"):
+        Ignore(["a**" * 5])
 
 
 @pytest.mark.parametrize("pattern", ["[a", "a\\", "!"])
@@ -244,6 +258,16 @@ def test_globs(tree: Tree) -> None:
     assert [n.path for n in match(tree, "d/?.txt")] == ["d/c.txt"]
     with pytest.raises(Invalid, match="bad pattern"):
         list(match(tree, "[a"))
+
+
+def test_names_that_mean_deletions_are_refused(folder: Path) -> None:
+    (folder / "d/.wh.passwd").write_text("")
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with pytest.raises(Invalid, match="deletions"):
+            copied(DirectoryTree(fd, owners=False), "d", "/etc")
+    finally:
+        os.close(fd)
 
 
 HOSTILE = [

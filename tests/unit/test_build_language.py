@@ -77,7 +77,8 @@ WORDS = [
     ("${N+y}", ""), ("${N:-${A}}", "a.b.c"), ("${A#*.}", "b.c"), ("${A##*.}", "c"),
     ("${A%.*}", "a.b"), ("${A%%.*}", "a"), ("${A/./-}", "a-b.c"), ("${A//./-}", "a-b-c"),
     ("$", "$"), ("a$", "a$"), ("$ x", "$ x"), ("$1", ""), ("x'y'\"z\"", "xyz"),
-    ("${N:-'a b'}", "a b"),
+    ("${N:-'a b'}", "a b"), ("${A##*.*}", ""), ("${A%?c}", "a.b"), ("${A/*./x}", "xc"),
+    ("${A//?./x}", "xxc"), ("${A#*.*.}", "c"),
 ]  # fmt: skip
 
 
@@ -90,6 +91,15 @@ def test_expansion(word: str, wanted: str) -> None:
 def test_words_that_are_wrong(word: str) -> None:
     with pytest.raises(DockerfileError, match="Dockerfile:1:"):
         expand.word(spanned(word), {"A": "a"})
+
+
+def test_hostile_substitutions_take_no_time() -> None:
+    value = {"A": "a" * 4096}
+    stars = "*a" * 40
+    for text in (f"${{A##{stars}b}}", f"${{A%{stars}b}}", f"${{A//{stars}b/x}}"):
+        assert expand.word(spanned(text), value) == value["A"]
+    with pytest.raises(DockerfileError, match="4096"):
+        expand.word(spanned("${A#*b}"), {"A": "a" * 5000})
 
 
 def test_continuation_comments_and_directives() -> None:

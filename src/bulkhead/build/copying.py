@@ -155,6 +155,8 @@ class Plan:
     def _put(self, place: str, item: Item) -> None:
         if not place:
             raise Invalid("cannot replace the root directory by a file")
+        if place.rpartition("/")[2].startswith(".wh."):
+            raise Invalid(f"/{place}: names that begin with .wh. mean deletions in an image")
         self._above(place)
         if not item.node.is_dir and self._is_directory(place):
             raise Invalid(f"cannot overwrite directory /{place} with a file")

@@ -17,6 +17,8 @@ from bulkhead.build.text import Spanned
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _DEEPEST = 64
 _LONGEST = 1 << 20
+_LONGEST_MATCHED = 4096
+"""Characters of a value that is matched against a glob: the time is its square."""
 
 
 @dataclass(slots=True)
@@ -171,6 +173,8 @@ class _Word:
         double = self._text[self._at : self._at + 1] == operator
         self._at += double
         glob = self._until("}/" if operator == "/" else "}")
+        if glob.count("*") and len(value) > _LONGEST_MATCHED:
+            raise self._fail(f"a value of more than {_LONGEST_MATCHED} characters", first)
         if operator != "/":
             self._close(first)
             return _trim(value, glob, suffix=operator == "%", greedy=double)
@@ -179,7 +183,7 @@ class _Word:
         self._at += 1
         word = self._until("}")
         self._close(first)
-        pattern = re.compile(_regex(glob, greedy=True), re.DOTALL)
+        pattern = re.compile(_regex(glob), re.DOTALL)
         return pattern.sub(lambda _: word, value, count=0 if double else 1) if glob else value
 
     def _close(self, first: int) -> None:
@@ -188,29 +192,35 @@ class _Word:
         self._at += 1
 
 
-def _regex(glob: str, *, greedy: bool) -> str:
-    many = ".*" if greedy else ".*?"
-    out, at = [], 0
+def _regex(glob: str) -> str:
+    """A glob as a regular expression that never tries a choice twice.
+
+    Every part between two stars is taken where it first fits, for good; only the last star is
+    greedy. For globs of single characters and stars that finds the same matches.
+    """
+    parts, at = [""], 0
     while at < len(glob):
         character = glob[at]
         if character == "*":
-            while glob[at + 1 : at + 2] == "*":
-                at += 1
-            out.append(many)
+            if parts[-1] or len(parts) == 1:
+                parts.append("")
         elif character == "?":
-            out.append(".")
+            parts[-1] += "."
         elif character == "\\" and at + 1 < len(glob):
             at += 1
-            out.append(re.escape(glob[at]))
+            parts[-1] += re.escape(glob[at])
         else:
-            out.append(re.escape(character))
+            parts[-1] += re.escape(character)
         at += 1
-    return "".join(out)
+    if len(parts) == 1:
+        return parts[0]
+    middle = "".join(f"(?>.*?{part})" for part in parts[1:-1])
+    return f"{parts[0]}{middle}.*{parts[-1]}"
 
 
 def _trim(value: str, glob: str, *, suffix: bool, greedy: bool) -> str:
     """Without the shortest or longest part at an end that the glob matches."""
-    pattern = re.compile(_regex(glob, greedy=True), re.DOTALL)
+    pattern = re.compile(_regex(glob), re.DOTALL)
     places = range(len(value) + 1)
     if suffix:
         for start in places if greedy else reversed(places):

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from bulkhead.build.ignore import regex
+from bulkhead.build.ignore import matcher
 from bulkhead.build.trees import Node, Tree
 from bulkhead.errors import Invalid
 
@@ -33,7 +33,7 @@ def match(tree: Tree, pattern: str) -> Iterator[Node]:
     while parts and not is_pattern(parts[0]):
         fixed.append(parts.pop(0))
     try:
-        compiled = re.compile(regex("/".join(parts)), re.DOTALL)
+        matches = matcher("/".join(parts))
     except (ValueError, re.error) as error:
         raise Invalid(f"bad pattern {pattern!r}: {error}") from None
     base, top = tree.resolve("/".join(fixed))
@@ -44,7 +44,7 @@ def match(tree: Tree, pattern: str) -> Iterator[Node]:
 
     def walk(node: Node, level: int) -> Iterator[Node]:
         for child in tree.children(node):
-            if compiled.fullmatch(child.path.removeprefix(prefix)):
+            if matches(child.path.removeprefix(prefix)):
                 yield child
             if child.is_dir and (not depth or level < depth):
                 yield from walk(child, level + 1)

@@ -7,12 +7,17 @@ earlier line left out; the last pattern that matches a path, or one of its paren
 
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bulkhead.errors import Invalid
 
 _MOST = 10_000
+_MOST_DEEP = 2
+"""Times `**` stands within a component (a**b): the time grows with that power of the length."""
+
+_SLASH_INSIDE = re.compile(r"\[[^\]]*/|\\/")
+Matcher = Callable[[str], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +27,7 @@ class Rule:
     text: str
     keep: bool
     """An exception (`!`)."""
-    pattern: "re.Pattern[str]"
+    matches: Matcher
 
 
 def _cleaned(line: str) -> str:
@@ -50,9 +55,54 @@ def lines(text: str) -> list[str]:
     return found
 
 
+def matcher(pattern: str) -> Matcher:
+    """What tells whether a whole path matches; ValueError for a malformed pattern."""
+    parts = pattern.split("/")
+    odd = any("**" in part and part != "**" for part in parts)
+    if odd or _SLASH_INSIDE.search(pattern):
+        compiled = re.compile(regex(pattern), re.DOTALL)
+        return lambda path: compiled.fullmatch(path) is not None
+    steps = [None if part == "**" else re.compile(regex(part), re.DOTALL) for part in parts]
+
+    def matches(path: str) -> bool:
+        names = path.split("/")
+        count = len(names)
+        places = {0}
+        for number, step in enumerate(steps, 1):
+            if step is not None:
+                places = {
+                    at + 1 for at in places if at < count and step.fullmatch(names[at]) is not None
+                }
+            elif number == len(steps):
+                return any(at < count for at in places)
+            else:
+                places = set(range(min(places), count + 1))
+            if not places:
+                return False
+        return count in places
+
+    return matches
+
+
 def regex(pattern: str) -> str:
-    """A pattern as a regular expression for a whole path; ValueError for a malformed one."""
-    out, at, end = [], 0, len(pattern)
+    """A pattern as a regular expression for a whole path; ValueError for a malformed one.
+
+    Within a component no choice is tried twice: what stands between two stars is taken where it
+    first fits. That leaves `**`, of which there may be few.
+    """
+    if pattern.count("**") > _MOST_DEEP:
+        raise ValueError(f"more than {_MOST_DEEP} times ** within components")
+    out: list[str] = []
+    parts = [""]  # of the component that is being read, between its stars
+    at, end = 0, len(pattern)
+
+    def close() -> None:
+        out.append(parts[0])
+        out.extend(f"(?>[^/]*?{part})" for part in parts[1:-1])
+        if len(parts) > 1:
+            out.append(f"[^/]*{parts[-1]}")
+        parts[:] = [""]
+
     while at < end:
         character = pattern[at]
         at += 1
@@ -61,21 +111,26 @@ def regex(pattern: str) -> str:
                 at += 1
                 if pattern[at : at + 1] == "/":
                     at += 1
+                close()
                 out.append(".*" if at >= end else "(.*/)?")
-            else:
-                out.append("[^/]*")
+            elif parts[-1] or len(parts) == 1:
+                parts.append("")
+        elif character == "/":
+            close()
+            out.append("/")
         elif character == "?":
-            out.append("[^/]")
+            parts[-1] += "[^/]"
         elif character == "\\":
             if at >= end:
                 raise ValueError("syntax error in pattern: trailing backslash")
-            out.append(re.escape(pattern[at]))
+            parts[-1] += re.escape(pattern[at])
             at += 1
         elif character == "[":
             text, at = _class(pattern, at)
-            out.append(text)
+            parts[-1] += text
         else:
-            out.append(re.escape(character))
+            parts[-1] += re.escape(character)
+    close()
     return "".join(out)
 
 
@@ -116,7 +171,7 @@ class Ignore:
                     raise Invalid('illegal exclusion pattern: "!"')
                 continue
             try:
-                compiled = re.compile(regex(body), re.DOTALL)
+                compiled = matcher(body)
             except (ValueError, re.error) as error:
                 raise Invalid(f"error parsing .dockerignore pattern {text!r}: {error}") from None
             self.rules.append(Rule(body, keep, compiled))
@@ -137,7 +192,7 @@ class Ignore:
         for rule in self.rules:
             if rule.keep != out:
                 continue
-            if any(rule.pattern.fullmatch(one) for one in above):
+            if any(rule.matches(one) for one in above):
                 out = not rule.keep
         return out
 

@@ -24,6 +24,8 @@ from bulkhead.store.tar_read import ByteSource, TarReader
 
 _PIECE = 1 << 20
 _MOST_LINKS = 40
+_DEEPEST = 128
+"""Components of a name in an archive."""
 _BENEATH = openat2.BENEATH | openat2.NO_SYMLINKS
 _KINDS = {
     tar_read.REGULAR: stat.S_IFREG,
@@ -391,8 +393,10 @@ class ArchiveTree(Tree):
     def _parts(self, raw: bytes) -> list[str]:
         name = os.fsdecode(raw)
         parts = [part for part in name.split("/") if part not in ("", ".")]
-        if ".." in parts or "\0" in name or len(parts) > 512:
-            raise Invalid(f"archive member {tar_read.show(raw)} leads out of the archive")
+        if ".." in parts or "\0" in name or len(parts) > _DEEPEST:
+            raise Invalid(
+                f"archive member {tar_read.show(raw)} leads out of the archive, or too deep"
+            )
         return parts
 
     def _folder(self, parts: list[str]) -> Node:
