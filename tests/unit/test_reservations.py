@@ -1,5 +1,7 @@
 """The arithmetic of reservations, and the mistakes in a request."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,3 +113,15 @@ def test_the_words_of_amounts() -> None:
     assert reservations.cpus_text(10 * 10**9) == "10"
     assert reservations.bytes_text(3 << 29) == "1.5 GiB"
     assert reservations.bytes_text(256 << 20) == "256 MiB"
+
+
+def test_the_disk_is_that_of_the_store(tmp_path: Path) -> None:
+    scheduler, remedy = reservations.disk_scheduler(str(tmp_path))
+    assert scheduler
+    assert (scheduler == "bfq") == (not remedy)
+
+
+def test_weights_of_disks_stay_within_the_schedulers() -> None:
+    found = shares.weights({"r": 60.0}, {"a": 100, "b": 100}, shares.IO_WHOLE, shares.IO)
+    assert found["r"] / sum(found.values()) >= 0.6
+    assert max(found.values()) <= 1000
