@@ -175,6 +175,20 @@ def test_an_image_on_a_pc(here: Installation) -> None:
     assert done.out.split()[0] in release
 
 
+def test_the_words_of_containers(here: Installation, machine: str) -> None:
+    start(here, machine, "BOOT 1")
+    assert machine in here.cli("ps", "-s", "--format", "{{.Names}} {{.Size}}").ok().out
+    here.cli("commit", machine, "x").failed(1, "vm export")
+    here.cli("exec", machine, "true").failed(1, "vm console")
+    here.cli("top", machine).failed(1, machine)
+    here.cli("cp", f"{machine}:/x", "-").failed(1, machine)
+    here.cli("kill", "-s", "HUP", machine).failed(1, "power button")
+    here.cli("pause", machine).ok()
+    here.cli("unpause", machine).ok()
+    here.cli("kill", machine).ok()
+    assert here.cli("inspect", "-f", "{{.State.ExitCode}}", machine).ok().line == "137"
+
+
 def test_what_a_machine_has_not(here: Installation) -> None:
     here.cli("vm", "create", "--memory", "64m", "x").failed(1, "--size")
     here.cli("vm", "create", "--image", "nothing", "x").failed(1, "No such disk image")

@@ -107,7 +107,9 @@ class Machine:
                 await self.boundary.launcher.signal(bundle.id, SIGKILL)
             with contextlib.suppress(BulkheadError):
                 await self.inner.delete(force=True)
-            raise Unavailable(f"QEMU did not start the machine: {error.message}") from error
+            raise Unavailable(
+                f"QEMU did not start the machine: {error.message}; see its log"
+            ) from error
         self._pin()
         return launched
 

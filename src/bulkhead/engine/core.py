@@ -343,7 +343,7 @@ class Engine:
         records = [workload.record for workload in self.workloads]
         held = {d for record in records for d in (record.image_id, *record.diff_ids)}
         served = links.held(self.home.in_root("registry"), self.store.provenance)
-        return held | self.builds.held() | served | snapshots.held(self.home)
+        return (held - {""}) | self.builds.held() | served | snapshots.held(self.home)
 
     def running_names(self) -> list[str]:
         """Short ids of the workloads that run."""

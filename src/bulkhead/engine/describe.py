@@ -174,6 +174,8 @@ def inspect(engine: "Engine", workload: Workload, *, size: bool = False) -> dict
 
 
 def _image_size(engine: "Engine", record: Record) -> int:
+    if not record.image_id:  # a whole machine
+        return 0
     try:
         return engine.images.resolve(record.image_id).size
     except NotFound:

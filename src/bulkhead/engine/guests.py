@@ -173,9 +173,19 @@ def writable_bytes(home: Home, record: Record) -> int:
     """Bytes on disk of the workload's writable layer, a guest's disk included."""
     directory = home.workload(record.id)
     total = stdio.writable_bytes(f"{directory}/upper")
-    with contextlib.suppress(FileNotFoundError):
-        total += os.stat(f"{directory}/{_DISK}").st_blocks * 512
+    names = [disk.file for disk in record.vm.disks] if record.vm is not None else [_DISK]
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            total += os.stat(f"{directory}/{name}").st_blocks * 512
     return total
+
+
+def check_image(record: Record) -> None:
+    """Unsupported for what makes an image of a whole machine."""
+    if record.vm is not None:
+        raise Unsupported(
+            f"{record.name} is a whole machine, which has disks and no image: bulkhead vm export"
+        )
 
 
 def explain_oom(record: Record, kills: int) -> str:

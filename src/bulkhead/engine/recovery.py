@@ -24,6 +24,7 @@ from bulkhead.errors import BulkheadError
 from bulkhead.isolation.cgroups import manager as cgroups
 from bulkhead.keeper.holder import Entry, Exit
 from bulkhead.linux import pidfd
+from bulkhead.machines import files
 from bulkhead.network.model import AttachRequest
 
 if TYPE_CHECKING:
@@ -208,6 +209,8 @@ async def _sweep(engine: "Engine", entries: dict[str, Entry]) -> None:
             except (BulkheadError, OSError) as error:
                 log.warning("cannot remove the control group of %s: %s", name, error)
     await engine.removal.sweep()
+    if os.path.exists(engine.home.in_root("machines", "work")):
+        await engine.blocking(lambda: files.sweep(engine.home))
     looks = engine.home.in_run("looks")
     await engine.blocking(lambda: shutil.rmtree(looks, ignore_errors=True))
     for path in engine.volumes.sweep():

@@ -247,6 +247,7 @@ async def commit(engine: Engine, params: Commit, call: Call) -> dict[str, Any]:
     """Make an image of its writable layer."""
     workload = engine.workloads.find(params.id)
     record = workload.record
+    guests.check_image(record)
     name = None
     if params.repo:
         name = str(reference.parse(f"{params.repo}:{params.tag}" if params.tag else params.repo))

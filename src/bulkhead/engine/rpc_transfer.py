@@ -109,6 +109,7 @@ def _document(record: Record, image: Image, volumes: list[transfer.Volume]) -> t
 async def _image(engine: Engine, workload: Workload) -> Image:
     """Its image with what it has written as one more layer."""
     record = workload.record
+    guests.check_image(record)
     parent = engine.images.resolve(record.image_id)
     settings = msgspec.to_builtins(record.config)
 

@@ -16,7 +16,7 @@
 import contextlib
 import os
 import re
-import shutil
+import subprocess
 import tempfile
 import urllib.parse
 from collections.abc import Iterator
@@ -139,4 +139,6 @@ def remove(home: Home, name: str) -> None:
 
 def sweep(home: Home) -> None:
     """Forget what an engine that was killed had begun."""
-    shutil.rmtree(home.in_root("machines", "work"), ignore_errors=True)
+    # Should an mmdebstrap have lost its namespace, nothing that is mounted there is entered.
+    command = ["rm", "-rf", "--one-file-system", "--", home.in_root("machines", "work")]
+    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
