@@ -76,6 +76,7 @@ class Builder:
         self._futures: dict[int, Future[State]] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._mutex = threading.Lock()
+        self._failure: BaseException | None = None
         self._slots = threading.Semaphore(max(2, os.cpu_count() or 1))
 
     # --- the whole
@@ -187,13 +188,8 @@ class Builder:
                 self._futures[stage.index] = Future()
             for stage in needed:
                 pool.submit(self._stage, stage)
-            failures = []
-            for stage in needed:
-                error = self._futures[stage.index].exception()
-                if error is not None:
-                    failures.append(error)
-            for error in sorted(failures, key=lambda e: isinstance(e, Canceled)):
-                raise error
+        if self._failure is not None:
+            raise self._failure
         return self._futures[self.plan.target.index].result()
 
     def _stage(self, stage: Stage) -> None:
@@ -203,6 +199,9 @@ class Builder:
             self.reporter.send(event="stage", stage=stage.index)
             future.set_result(state)
         except BaseException as error:
+            with self._mutex:
+                if self._failure is None:  # what comes after it is its consequence
+                    self._failure = error
             self.stop.set()
             future.set_exception(error)
 
