@@ -29,7 +29,8 @@ def test_pip_install(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(CHECKOUT / name, source / name)
     leave = shutil.ignore_patterns("__pycache__", "bulkhead-*", "*.egg-info", "build")
-    for name in ("bin", "src", "native"):
+    shutil.copytree(CHECKOUT / "bin", source / "bin")
+    for name in ("src", "native"):
         shutil.copytree(CHECKOUT / name, source / name, ignore=leave)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     wheels = tmp_path / "wheels"
