@@ -167,7 +167,9 @@ def modes(top: str) -> None:
 def attributes(top: str) -> None:
     path = f"{top}/attrs"
     os.close(os.open(path, os.O_CREAT, 0o644))
-    os.setxattr(path, "user.one", b"1")
+    if attempt(lambda: os.setxattr(path, "user.one", b"1")) == "EOPNOTSUPP":
+        print("none here")
+        return
     os.setxattr(path, "user.two", b"2" * 200)
     print(sorted(os.listxattr(path)), os.getxattr(path, "user.two")[:3])
     os.removexattr(path, "user.one")
