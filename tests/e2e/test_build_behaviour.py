@@ -6,7 +6,6 @@ import http.server
 import io
 import json
 import os
-import signal
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -262,18 +261,14 @@ def test_attestations(shop: Workshop, tmp_path: Path) -> None:
     assert not saved.exists()
 
 
-def test_an_interrupted_build_leaves_nothing(shop: Workshop) -> None:
+def test_a_build_whose_client_is_killed_leaves_nothing(shop: Workshop) -> None:
     (shop.context / "Dockerfile").write_text("FROM busybox\nRUN echo begun; sleep 1000\n")
     process = shop.here.popen("build", "--progress", "plain", "-t", "never", str(shop.context))
     try:
         until(lambda: shop("ps", "-q").ok().out != "", "the step runs")
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=120)
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
-    assert process.returncode != 0
+        process.kill()
+        process.communicate(timeout=120)
     until(lambda: shop("ps", "-aq").ok().out == "", "the step is gone")
     assert shop("images", "-q", "never").ok().out == ""
 
