@@ -1,7 +1,7 @@
 """Runs the conformance suite on every boundary and writes its table: docs/conformance.md.
 
-    python scripts/conformance.py            run, print the table, write the page
-    python scripts/conformance.py RESULT.xml the table of a run that was made with --junitxml
+    python scripts/conformance.py              run, print the table, write the page
+    python scripts/conformance.py RESULT.xml…  the table of runs that were made with --junitxml
 
 Rows are the tests of tests/guest/test_conformance.py, columns the boundaries. A blank has its
 reason below the table; a failure has none, and no page is written then.
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SUITE = ROOT / "tests/guest/test_conformance.py"
 PAGE = ROOT / "docs/conformance.md"
 LEAST = 0.95
-"""Part of the rows that must hold in every column."""
+"""Part of the rows that must hold behind every boundary (second kernels may hold less)."""
 YES = "yes"
 _HEAD = """# Conformance
 
@@ -37,7 +37,10 @@ Cells = dict[str, dict[str, str]]
 def main(arguments: Sequence[str]) -> int:
     """The command; 1 if something failed or a column is below what it must reach."""
     if arguments:
-        cells = read(Path(arguments[0]))
+        cells: Cells = {}
+        for name in arguments:
+            for test, row in read(Path(name)).items():
+                cells.setdefault(test, {}).update(row)
     else:
         with tempfile.TemporaryDirectory() as folder:
             result = Path(folder) / "result.xml"
@@ -51,7 +54,8 @@ def main(arguments: Sequence[str]) -> int:
     print(page)
     for line in failed:
         print(f"FAILED {line}", file=sys.stderr)
-    short = [name for name, part in shares(cells).items() if part < LEAST]
+    parts = shares(cells).items()
+    short = [name for name, part in parts if part < LEAST and ":" not in name]
     for name in short:
         print(f"{name} holds less than {LEAST:.0%} of the rows", file=sys.stderr)
     if failed or short:
