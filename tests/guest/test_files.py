@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bulkhead.errors import Conflict, Unsupported
+from bulkhead.errors import Conflict, Unavailable, Unsupported
 from tests.guest.test_sandbox import LACKING
 from tests.helpers import engine_rig as rigs
 from tests.helpers.engine_rig import Rig
@@ -108,6 +108,25 @@ def test_files_and_leases_survive_the_engine(rig: Rig) -> None:
     rig.call("workload.remove", id="staying", force=True)
     assert rigs.run(rig, ["cat", "/v/f"], Binds=["stays:/v"]).out == b"one\n"
     rig.call("volume.remove", name="stays")
+
+
+def test_a_disk_is_free_again_after_an_end_that_no_engine_saw(rig: Rig) -> None:
+    rig.call("volume.create", Name="freed", DriverOpts={"size": "32m"})
+    try:
+        rigs.start(rig, "unseen", "echo x > /v/f; exec sleep 1000", Binds=["freed:/v"])
+    except Unavailable as error:
+        rig.call("workload.remove", id="unseen", force=True)
+        pytest.skip(f"no loop devices here: {error}")
+    pid = rigs.state(rig, "unseen")["Pid"]
+    until(lambda: rigs.execute(rig, "unseen", ["cat", "/v/f"]) == (0, b"x\n"), "it has written")
+    rig.kill()
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not Path(f"/proc/{pid}").exists(), "it has ended")
+    rig.start()
+    done = rigs.run(rig, ["cat", "/v/f"], Binds=["freed:/v"], boundary="sandbox")
+    assert done.out == b"x\n", done.err
+    rig.call("workload.remove", id="unseen", force=True)
+    rig.call("volume.remove", name="freed")
 
 
 def test_restarts_have_their_files(rig: Rig, folder: Path) -> None:

@@ -262,7 +262,13 @@ class VolumeManager:
             shutil.rmtree(path)
 
     def sweep(self) -> list[str]:
-        """Trees that an earlier engine did not finish deleting, and directories of no record."""
+        """Trees that an earlier engine did not finish deleting, and directories of no record.
+
+        What it had mounted for workloads that have ended meanwhile is unmounted.
+        """
+        for name in self._volumes.keys() - self._mounted.keys():
+            if os.path.ismount(self.data(name)):
+                self._unmount(name)
         found = []
         for name in os.listdir(self._root):
             if name.startswith(".gone-"):
