@@ -129,6 +129,8 @@ def _round(rig: Rig, boundary: str, shared: Path, victims: tuple[str, ...], dela
     if FATAL & set(victims):
         until(lambda: rigs.state(rig, "victim")["Status"] == "exited", "its end is known")
         assert rigs.state(rig, "victim")["ExitCode"] in {125, 137, 255}
+        if "vmm" in victims:
+            assert "the guest failed: the guest ended" in rigs.state(rig, "victim")["Error"]
     else:
         assert rigs.state(rig, "victim")["Status"] == "running"
         assert rigs.execute(rig, "victim", ["echo", "in"])[1] == b"in\n"
