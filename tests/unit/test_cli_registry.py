@@ -109,6 +109,7 @@ _OURS_ALONE = frozenset(
         "image bootstrap", "explain", "doctor", "serve", "completion", "system shutdown", "search",
         "system reservations", "export-workload", "import-workload",
         "kernel add", "kernel ls", "kernel pull", "kernel rm",
+        "builder df", "builder export", "builder import", "builder mounts", "registry serve",
     )
 )  # fmt: skip
 

@@ -185,11 +185,35 @@ def _auths(context: Context) -> dict[str, dict[str, str]]:
     return found
 
 
+_LIMITS = {
+    "add-host": "ExtraHosts", "cgroup-parent": "CgroupParent", "cpu-period": "CpuPeriod",
+    "cpu-quota": "CpuQuota", "cpu-shares": "CpuShares", "cpuset-cpus": "CpusetCpus",
+    "cpuset-mems": "CpusetMems", "memory": "Memory", "memory-swap": "MemorySwap",
+    "security-opt": "SecurityOpt", "shm-size": "ShmSize",
+}  # fmt: skip
+"""Options that are members of a step's HostConfig."""
+
+
+def _limits(parsed: Parsed) -> dict[str, Any]:
+    found = {member: parsed[name] for name, member in _LIMITS.items() if name in parsed}
+    ulimits = []
+    for text in parsed["ulimit"]:
+        name, equals, values = text.partition("=")
+        soft, _, hard = values.partition(":")
+        try:
+            one = {"Name": name, "Soft": int(soft), "Hard": int(hard or soft)}
+        except ValueError:
+            raise UsageError(f"invalid ulimit argument: {text}") from None
+        if not equals or not name:
+            raise UsageError(f"invalid ulimit argument: {text}")
+        ulimits.append(one)
+    return {**found, "Ulimits": ulimits} if ulimits else found
+
+
 def _options(context: Context, parsed: Parsed) -> dict[str, Any]:
     args = _pairs(parsed["build-arg"], context.environ)
     if "SOURCE_DATE_EPOCH" in context.environ:
         args.setdefault("SOURCE_DATE_EPOCH", context.environ["SOURCE_DATE_EPOCH"])
-    hosts = {"ExtraHosts": parsed["add-host"]} if parsed["add-host"] else {}
     return {
         "tags": parsed["tag"],
         "args": args,
@@ -207,7 +231,7 @@ def _options(context: Context, parsed: Parsed) -> dict[str, Any]:
         "cache_to": _absolute(parsed["cache-to"], "dest"),
         "provenance": parsed["provenance"] not in ("", "false"),
         "sbom": parsed["sbom"] not in ("", "false"),
-        "limits": hosts,
+        "limits": _limits(parsed),
         "auths": _auths(context),
     }
 
@@ -290,12 +314,26 @@ COMMANDS = {
                    "Where to take the cache from: type=registry,ref=NAME or type=local,src=FOLDER"),
             Option("--cache-to", "list",
                    "Where to put the cache: type=registry,ref=NAME or type=local,dest=FOLDER"),
+            Option("--cgroup-parent", "string", "Control group above those of the RUN steps"),
+            Option("--compress", "bool", "For docker's sake: nothing is sent", hidden=True),
+            Option("--cpu-period", "int", "Limit the CPU CFS period"),
+            Option("--cpu-quota", "int", "Limit the CPU CFS quota"),
+            Option("-c, --cpu-shares", "int", "CPU shares (relative weight)"),
+            Option("--cpuset-cpus", "string", "CPUs in which to allow execution (0-3, 0,1)"),
+            Option("--cpuset-mems", "string", "MEMs in which to allow execution (0-3, 0,1)"),
+            Option("--disable-content-trust", "bool", "For docker's sake", default=True,
+                   hidden=True),
             Option("-f, --file", "string", "Name of the Dockerfile (default: PATH/Dockerfile)",
                    complete="file"),
             Option("--force-rm", "bool", "Always remove intermediate containers", default=True,
                    hidden=True),
             Option("--iidfile", "string", "Write the image ID to the file", complete="file"),
+            Option("--isolation", "string", "For docker's sake", choices=("", "default"),
+                   hidden=True),
             Option("--label", "list", "Set metadata for an image"),
+            Option("-m, --memory", "bytes", "Memory limit"),
+            Option("--memory-swap", "bytes",
+                   "Swap limit equal to memory plus swap: -1 for unlimited swap"),
             Option("--network", "string", "Networking mode for the RUN instructions"),
             Option("--no-cache", "bool", "Do not use the cache"),
             Option("--platform", "string", "Platform to build for, as OS/ARCH[/VARIANT]"),
@@ -307,16 +345,19 @@ COMMANDS = {
             Option("--rm", "bool", "Remove intermediate containers", default=True, hidden=True),
             Option("--sbom", "string", "Attest the packages of the image (true, false)"),
             Option("--secret", "list", "Secret for RUN: id=NAME[,src=FILE][,env=VARIABLE]"),
+            Option("--security-opt", "strings", "Security options of the RUN steps"),
+            Option("--shm-size", "bytes", "Size of /dev/shm"),
             Option("--squash", "bool", "Squash newly built layers into one"),
             Option("--ssh", "list", "SSH agent for RUN: default or NAME=SOCKET"),
             Option("-t, --tag", "list", "Name and optionally a tag (name:tag)"),
             Option("--target", "string", "Stage to build"),
+            Option("--ulimit", "list", "Ulimit options (NAME=SOFT[:HARD])"),
         ),
         examples=(
             "bulkhead build -t web .",
             "bulkhead build --target test --build-arg VERSION=2 -f docker/Dockerfile .",
             "bulkhead build --secret id=token,src=token.txt -t app .",
-            "SOURCE_DATE_EPOCH=0 bulkhead build -q .",
+            "bulkhead build -q --build-arg SOURCE_DATE_EPOCH=0 .",
         ),
         least=1, most=1, completes="file",
     ),
