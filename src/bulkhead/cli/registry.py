@@ -170,7 +170,6 @@ GROUPS: dict[str, str] = {
     "machine": "Manage VMs with the engine inside",
     "network": "Manage networks",
     "registry": "Serve images to others",
-    "snapshot": "Manage snapshots of running containers",
     "system": "Manage bulkhead",
     "vm": "Manage machines with disks of their own",
     "volume": "Manage volumes",
