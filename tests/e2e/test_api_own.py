@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from bulkhead.api import websocket
-from tests.helpers.api_rig import CLI, NEWEST, Api, api
+from tests.helpers.api_rig import CLI, NEWEST, Api, api, archive
 from tests.helpers.engine_rig import Rig
 from tests.helpers.images import has_busybox
 from tests.helpers.registry import need
@@ -237,12 +237,15 @@ def test_tcp_needs_certificates_of_both_sides(tmp_path: Path) -> None:
                 context.load_cert_chain(tmp_path / f"{name}.pem", tmp_path / f"{name}-key.pem")
                 assert _pings(port, context) is welcome
             assert not _pings(port, ssl.create_default_context(cafile=str(tmp_path / "ca.pem")))
-            done = subprocess.run(
-                [CLI, "--host", f"tcp://127.0.0.1:{port}", "--tlsverify", "--tlscacert", "ca.pem",
-                 "--tlscert", "client.pem", "--tlskey", "client-key.pem", "ps", "-q"],
-                cwd=tmp_path, capture_output=True, timeout=TIMEOUT_S,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr
+            cli = [CLI, "--host", f"tcp://127.0.0.1:{port}", "--tlsverify", "--tlscacert",
+                   "ca.pem", "--tlscert", "client.pem", "--tlskey", "client-key.pem"]  # fmt: skip
+            for command, said in (
+                (["load", "-q", "-i", str(archive(tmp_path))], b"Loaded image: busybox:latest\n"),
+                (["run", "--rm", "-i", "busybox", "sh", "-c", "cat; echo end"], b"typed\nend\n"),
+            ):
+                done = subprocess.run([*cli, *command], cwd=tmp_path, capture_output=True,
+                                      timeout=TIMEOUT_S, input=b"typed\n")  # fmt: skip
+                assert (done.returncode, done.stdout) == (0, said), done.stderr
         finally:
             rig.end()
 

@@ -95,11 +95,9 @@ class Connection(asyncio.Protocol):
         self._wake()
 
     def eof_received(self) -> bool:
-        """The client sends no more; True keeps the way to it open (not with TLS)."""
+        """The client sends no more; True keeps the way to it open."""
         self.ended = True
         self._wake()
-        if self.transport.get_extra_info("sslcontext") is not None:
-            return False
         self._watch_hangup()
         return True
 

@@ -30,6 +30,7 @@ from bulkhead.api.connection import Connection, Gone
 from bulkhead.api.exchange import Exchange
 from bulkhead.api.message import BadRequest, Head
 from bulkhead.api.routes import ROUTES, SENT
+from bulkhead.api.tls import Tls
 from bulkhead.engine.calls import Method
 from bulkhead.errors import BulkheadError, Invalid, NotFound
 
@@ -92,14 +93,16 @@ class Service:
         task.add_done_callback(self._tasks.discard)
 
     async def _connect(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
+        def plain() -> asyncio.Protocol:
+            return Connection(self.handle, self.connections)
+
+        def secured() -> asyncio.Protocol:
+            assert tls is not None
+            return Tls(tls, plain)
+
         try:
-            await self._engine.loop.connect_accepted_socket(
-                lambda: Connection(self.handle, self.connections),
-                sock,
-                ssl=tls,
-                ssl_handshake_timeout=30.0 if tls else None,
-            )
-        except (OSError, TimeoutError) as error:
+            await self._engine.loop.connect_accepted_socket(secured if tls else plain, sock)
+        except OSError as error:
             log.info("a client of the API was not let in: %s", error)
             sock.close()
 

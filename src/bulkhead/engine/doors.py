@@ -62,10 +62,19 @@ class Door:
             except OSError as error:
                 log.warning("cannot accept a client: %s", error)
                 return
-            if self._host is None:
-                module, name = self._name
-                self._host = getattr(import_module(module), name)(self._engine, self._methods)
-            self._host.accept(sock, tls() if tls else None)
+            try:
+                self._behind().accept(sock, tls() if tls else None)
+            except Exception:
+                log.exception("a client of %s cannot be served", self._name[0])
+                sock.close()
+
+    def _behind(self) -> Host:
+        """Who serves, imported now if this is the first client."""
+        if self._host is None:
+            module, name = self._name
+            made: Host = getattr(import_module(module), name)(self._engine, self._methods)
+            self._host = made
+        return self._host
 
     async def close(self) -> None:
         """Stop listening and end every connection."""
