@@ -71,7 +71,7 @@ class Link:
             sock.close()
             raise Unavailable(
                 "the engine in the machine does not answer (yet): it may still be booting; "
-                f"see vm logs ({error or 'silent'})"
+                f"see vm logs ({str(error) or 'silent'})"
             ) from error
         except BaseException:
             sock.close()
