@@ -6,6 +6,7 @@ import pytest
 
 from tests.helpers import guest_kernel
 from tests.helpers.installation import Done, Installation, installation
+from tests.helpers.waiting import until
 
 MISSING = guest_kernel.missing()
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -29,15 +30,26 @@ def test_it_has_a_kernel_of_its_own(here: Installation) -> None:
     assert run(here, "busybox", "uname", "-r").ok().line in release
 
 
-def test_clones_are_not_alike(here: Installation) -> None:
-    script = "cd /proc/sys/kernel/random; cat uuid boot_id; cat /sys/class/net/eth0/address"
-    script += "; hostname; head -c 16 /dev/urandom | md5sum"
-    seen = [run(here, "busybox", "sh", "-c", script).ok().out.split("\n") for _ in range(3)]
-    for number, kind in enumerate(("uuid", "boot id", "MAC", "host name", "bytes")):
+IDENTITY = """cd /proc/sys/kernel/random; cat uuid; cat boot_id; cat /sys/class/net/eth0/address
+hostname; hostname -i; head -c 16 /dev/urandom | md5sum; head -c 16 /dev/random | md5sum
+cat /proc/self/auxv | md5sum; mktemp -u; sleep 1000"""
+KINDS = ("uuid", "boot id", "MAC", "host name", "address", "urandom", "random", "auxv", "libc")
+
+
+def test_ten_clones_are_not_alike(here: Installation) -> None:
+    """Random numbers of the kernel (getrandom, AT_RANDOM, stack addresses), names, addresses."""
+    words = ("run", "-d", "--boundary", "microvm", "busybox", "sh", "-c", IDENTITY)
+    ids = [here.cli(*words).ok().line for _ in range(10)]
+    until(lambda: all(len(said(here, one)) == len(KINDS) for one in ids), "all have said all")
+    seen = [said(here, one) for one in ids]
+    here.cli("rm", "-f", *ids).ok()
+    for number, kind in enumerate(KINDS):
         values = {one[number] for one in seen}
-        if kind != "MAC":  # which goes with the address, and that is free again
-            assert len(values) == 3, kind
-        assert all(values), kind
+        assert len(values) == 10, f"{kind}: {values}"
+
+
+def said(here: Installation, name: str) -> list[str]:
+    return here.cli("logs", name).ok().out.splitlines()
 
 
 def test_sizes_of_disks_are_the_clones_own(here: Installation) -> None:

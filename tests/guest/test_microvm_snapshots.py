@@ -12,7 +12,8 @@ from tests.helpers.waiting import until
 MISSING = guest_kernel.missing()
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
-COUNT = "i=0; echo boot >> /boots; while true; do i=$((i+1)); echo $i > /count; sleep 0.05; done"
+COUNT = """echo boot >> /boots; i=0; while true; do
+i=$((i+1)); echo $i > /next; mv /next /count; sleep 0.05; done"""
 FACTS = """hostname; cat /sys/class/net/eth0/address; hostname -i; cat /etc/hostname
 cat /etc/machine-id /proc/sys/kernel/random/uuid; head -c 16 /dev/urandom | md5sum"""
 
@@ -38,7 +39,7 @@ def say(here: Installation, name: str, script: str) -> list[str]:
 
 
 def count(here: Installation, name: str) -> int:
-    return int(say(here, name, "cat /count")[0] or 0)
+    return int(say(here, name, "cat /count || echo 0")[0])
 
 
 def test_a_restored_workload_goes_on_with_an_identity_of_its_own(here: Installation) -> None:
