@@ -28,7 +28,7 @@ def test_pip_install(tmp_path: Path) -> None:
     source.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(CHECKOUT / name, source / name)
-    leave = shutil.ignore_patterns("__pycache__", "bulkhead-*", "*.egg-info", "build")
+    leave = shutil.ignore_patterns("__pycache__", "bulkhead-*", "*.egg-info")
     shutil.copytree(CHECKOUT / "bin", source / "bin")
     for name in ("src", "native"):
         shutil.copytree(CHECKOUT / name, source / name, ignore=leave)
