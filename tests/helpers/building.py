@@ -1,6 +1,6 @@
 """A Debian image to build from: compiler, Python, Node and nginx; made once and kept.
 
-    here.cli("load", "-i", str(base_archive())).ok()       # the image BASE
+here.cli("load", "-i", str(base_archive())).ok()       # the image BASE
 """
 
 import fcntl
