@@ -54,6 +54,7 @@ _NOT_IN_GVISOR = {
     "test_too_many_tasks_are_refused": "--pids-limit counts the host's threads, not its tasks",
     "test_its_processes_are_listed": "its processes are its own: top is refused",
     "test_a_privileged_one_may_mount": "--privileged is refused",
+    "test_what_the_host_changes_is_seen": "what it has cached of a file may be seen beside the new",
 }
 ON_A_PC = frozenset({
     "test_output_and_exit_code", "test_exec", "test_a_terminal_has_its_size_and_is_one",
@@ -664,13 +665,14 @@ def test_a_single_file_can_be_bound(run: Run, folder: Path) -> None:
 
 def test_what_the_host_changes_is_seen(start: Start, rig: Rig, folder: Path) -> None:
     (folder / "f").write_text("first\n")
-    script = "while ! grep -q second /data/f; do sleep 0.05; done; cat /data/f /data/other"
+    wanted = '"$(cat /data/f /data/other 2>/dev/null | tr -d "\\n")" = secondother'
+    script = f"until [ {wanted} ]; do sleep 0.05; done; echo seen"
     start("watching", f"cat /data/f; {script}", Binds=[f"{folder}:/data"])
     until(lambda: say(rig, "watching") == "first\n", "it has read the file")
     (folder / "other").write_text("other\n")
     (folder / "f").write_text("second\n")
     assert rig.call("workload.wait", id="watching")["StatusCode"] == 0
-    assert say(rig, "watching") == "first\nsecond\nother\n"
+    assert say(rig, "watching") == "first\nseen\n"
 
 
 def test_a_volume_keeps_its_files(run: Run, rig: Rig) -> None:
