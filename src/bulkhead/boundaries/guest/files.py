@@ -117,9 +117,7 @@ class Shares:
             bundle = Bundle(
                 # Another one each time: the last one's end may not have been noticed yet.
                 id=f"{self.bundle.id}/{NAME}-{os.urandom(4).hex()}",
-                spec=self._spec(
-                    f"{directory}/shares", max(_LEAST_NODES, memory_bytes // _NODE_BYTES)
-                ),
+                spec=self._spec(f"{directory}/shares", nodes),
                 rootfs=Rootfs(directory=root.directory),
                 directory=directory,
                 fds=(theirs.fileno(),),
