@@ -32,7 +32,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
 
 
 @pytest.fixture(scope="module")
-def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+def there(here: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """Begins after `here` and ends before it, so that neither is the other's residue."""
     directory = tmp_path_factory.mktemp("there")
     with residue(str(directory)), rigs.engine(directory) as made:
         yield made

@@ -13,10 +13,10 @@ import tempfile
 
 from bulkhead.errors import Invalid, Unavailable, Unsupported
 from bulkhead.home import Home
+from bulkhead.linux import sparse
 
 DEFAULT_BYTES = 10 << 30
 _MINIMUM_BYTES = 16 << 20
-_SEEK_STEP = 1 << 20
 _MAKE_S = 120
 
 
@@ -33,7 +33,7 @@ def make_disk(home: Home, path: str, size: int = 0, *, uid: int) -> None:
         scratch = f"{path}.new"
         with contextlib.ExitStack() as undo:
             undo.callback(_forget, scratch)
-            _copy_sparse(template, scratch)
+            sparse.copy_file(template, scratch)
             os.rename(scratch, path)
             undo.pop_all()
     os.chown(path, uid, uid)
@@ -87,20 +87,3 @@ def _make(path: str, size: int) -> None:
         raise Unavailable(f"mke2fs: {error}") from error
     if done.returncode:
         raise Unavailable(f"mke2fs: {done.stderr.strip() or done.returncode}")
-
-
-def _copy_sparse(source: str, target: str) -> None:
-    """Copy what is not a hole; lseek(2) SEEK_DATA."""
-    with open(source, "rb") as old, open(target, "xb") as new:
-        size = os.fstat(old.fileno()).st_size
-        os.truncate(new.fileno(), size)
-        at = 0
-        while at < size:
-            try:
-                at = os.lseek(old.fileno(), at, os.SEEK_DATA)
-            except OSError:  # ENXIO: nothing but a hole is left
-                break
-            end = os.lseek(old.fileno(), at, os.SEEK_HOLE)
-            while at < end:
-                data = os.pread(old.fileno(), min(end - at, _SEEK_STEP), at)
-                at += os.pwrite(new.fileno(), data, at)
