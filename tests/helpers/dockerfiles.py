@@ -195,7 +195,8 @@ CMD cat /from-cache /rotated /sum; ls -a /context /cache /scratch /run/secrets /
         "token.txt": "unguessable token",
     },
     ("first", "hathrffnoyr gbxra",
-     "6667b2d1aab6a00caa5aee5af8ad9f1465e567abf1c209d15727d57b3e8f6e5f", "cannot access '/context'", "cannot access '/cache'", "cannot access '/scratch'",
+     "6667b2d1aab6a00caa5aee5af8ad9f1465e567abf1c209d15727d57b3e8f6e5f",
+     "cannot access '/context'", "cannot access '/cache'", "cannot access '/scratch'",
      "cannot access '/tool'"),
     options=("--secret", "id=token,src=token.txt"),
 )  # fmt: skip
