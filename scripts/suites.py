@@ -96,6 +96,8 @@ def main() -> int:
     parser.add_argument("suites", nargs="*", choices=[*BUDGETS, []], metavar="SUITE")
     parser.add_argument("--no-budget", action="store_true")
     options = parser.parse_args()
+    # Where this is a shell's background job SIGINT is ignored, and every child would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     names = options.suites or list(BUDGETS)
     outcomes = [run(name, None if options.no_budget else BUDGETS[name]) for name in names]
 
