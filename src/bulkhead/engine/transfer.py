@@ -24,6 +24,7 @@ import msgspec
 from bulkhead.engine import body
 from bulkhead.engine.records import MountPoint, Record
 from bulkhead.errors import Corrupt, Denied, Invalid
+from bulkhead.isolation.masks import MASKED_PATHS, READONLY_PATHS
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -265,6 +266,11 @@ def _harmless(option: str) -> bool:
     return option.startswith("no-new-privileges") or option == "seccomp=builtin"
 
 
+def _lacks(paths: list[str] | None, usual: Iterable[str]) -> bool:
+    """Whether a list leaves out some of the usual paths; None stands for all of them."""
+    return paths is not None and not set(usual) <= set(paths)
+
+
 def check_trust(document: Document) -> None:
     """Denied, with everything in it that reaches beyond the workload."""
     host = document.host
@@ -276,7 +282,9 @@ def check_trust(document: Document) -> None:
             ("--cap-add", bool(host.cap_add)),
             ("--security-opt", any(not _harmless(one) for one in host.security_opt or ())),
             ("--cgroup-parent", bool(host.cgroup_parent)),
-            ("unmasked paths", host.masked_paths is not None and not host.masked_paths),
+            ("--volumes-from", bool(host.volumes_from)),
+            ("unmasked paths", _lacks(host.masked_paths, MASKED_PATHS)),
+            ("writable paths of /proc", _lacks(host.readonly_paths, READONLY_PATHS)),
             *(
                 (f"--{word} {mode}", mode == "host" or mode.startswith("container:"))
                 for word, mode in (
@@ -294,6 +302,12 @@ def check_trust(document: Document) -> None:
         if mount.type_ not in {"volume", "tmpfs"}
     ]
     reaching += [f"the host's {bind}" for bind in host.binds or ()]
+    brought = {one.name for one in document.volumes}
+    for mount in host.mounts or ():
+        if mount.type_ == "volume" and mount.source and mount.source not in brought:
+            reaching.append(f"the volume {mount.source}, which is not its own")
+        if mount.volume_options and mount.volume_options.driver_config:
+            reaching.append(f"a volume made with a driver's options at {mount.target}")
     reaching += [
         f"a volume that mounts {one.options.get('device', 'something')}"
         for one in document.volumes
