@@ -198,7 +198,7 @@ class Building:
             holder: list[Workload] = []
             undo.callback(self._discard, holder)
             running = asyncio.run_coroutine_threadsafe(
-                self._start(job, points, out, err, holder), engine.loop
+                self._start(job, points, out, err, holder, stop), engine.loop
             )
             self._pump(out, err, output, stop, holder)
             try:
@@ -212,7 +212,13 @@ class Building:
             return code
 
     async def _start(
-        self, job: "Job", points: str, out: "_Pipe", err: "_Pipe", holder: list[Workload]
+        self,
+        job: "Job",
+        points: str,
+        out: "_Pipe",
+        err: "_Pipe",
+        holder: list[Workload],
+        stop: threading.Event,
     ) -> int:
         from bulkhead.engine import creation
 
@@ -229,6 +235,8 @@ class Building:
             ) as attached:
                 workload.attachment = attached
                 await engine.lifecycle.start(workload)
+                if stop.is_set():  # set while there was nothing to kill yet
+                    self._kill(workload)
                 out.shut()
                 err.shut()
                 await attached

@@ -89,11 +89,16 @@ async def run(engine: Engine, params: Run, call: Call) -> dict[str, Any]:
     def work() -> Any:
         try:
             number = None if context is None else int(context)
-            return engine.builds.build(options, number, sink, stops.append)
+            return engine.builds.build(options, number, sink, begun)
         finally:
             if context is not None:
                 context.close()
             engine.loop.call_soon_threadsafe(queue.put_nowait, None)
+
+    def begun(stop: threading.Event) -> None:
+        stops.append(stop)
+        if gone.is_set():  # the client left before there was anything to stop
+            stop.set()
 
     future = engine.loop.create_task(in_thread(work))
     try:
@@ -101,7 +106,7 @@ async def run(engine: Engine, params: Run, call: Call) -> dict[str, Any]:
             room.release()
             await call.item(message)
         built = await future
-    except asyncio.CancelledError:
+    except BaseException:
         gone.set()
         for stop in stops:
             stop.set()
