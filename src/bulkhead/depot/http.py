@@ -9,6 +9,7 @@ import socket
 import threading
 import urllib.parse
 from collections.abc import Iterator
+from email.errors import FirstHeaderLineIsContinuationDefect, MissingHeaderBodySeparatorDefect
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, BinaryIO
 
@@ -23,6 +24,8 @@ _MOST_CONNECTIONS = 256
 _TIMEOUT_S = 60.0
 _MOST_LISTED = 1000
 _DRAINED = 16 << 20
+_CUT_SHORT = MissingHeaderBodySeparatorDefect, FirstHeaderLineIsContinuationDefect
+"""The headers have a malformed line, and what follows it was not read."""
 _ROUTE = re.compile(
     r"/v2/(?P<name>.+?)/(?:(?P<upload>blobs/uploads)/(?P<session>[^/]*)|"
     r"(?P<kind>blobs|manifests|referrers)/(?P<reference>[^/]+)|(?P<tags>tags/list))\Z"
@@ -88,6 +91,7 @@ class Handler(BaseHTTPRequestHandler):
         log.info("%s %s", self.address_string(), args[0] % args[1:])
 
     def _serve(self) -> None:
+        self._began = False
         self._left = self._length()
         try:
             if self._left == -2:
@@ -163,14 +167,17 @@ class Handler(BaseHTTPRequestHandler):
     # --- bodies
 
     def _length(self) -> int:
-        """Bytes of the body; -1 for chunks, -2 for nonsense."""
-        encoding = self.headers.get("Transfer-Encoding", "").lower()
-        length = self.headers.get("Content-Length")
-        if encoding:
-            return -1 if encoding == "chunked" and length is None else -2
-        if length is None:
+        """Bytes of the body; -1 for chunks, -2 for nonsense or what others may read otherwise."""
+        encodings = self.headers.get_all("Transfer-Encoding", [])
+        lengths = self.headers.get_all("Content-Length", [])
+        broken = any(isinstance(one, _CUT_SHORT) for one in self.headers.defects)
+        if broken or len(encodings) + len(lengths) > 1:
+            return -2
+        if encodings:
+            return -1 if encodings[0].lower() == "chunked" else -2
+        if not lengths:
             return 0
-        return int(length) if length.isdecimal() and len(length) < 16 else -2
+        return int(lengths[0]) if lengths[0].isdecimal() and len(lengths[0]) < 16 else -2
 
     def _body(self) -> Iterator[bytes]:
         """The request's body."""
@@ -215,6 +222,7 @@ class Handler(BaseHTTPRequestHandler):
     # --- answers
 
     def _head(self, status: int, length: int | None, headers: dict[str, str]) -> None:
+        self._began = True
         if self._left:  # what was not read would be taken for the next request
             self.close_connection = True
         self.send_response(status)
@@ -239,6 +247,9 @@ class Handler(BaseHTTPRequestHandler):
         self._send(status, json.dumps(document).encode(), **headers)
 
     def _fail(self, status: int, code: str, message: str) -> None:
+        if self._began:  # a second head would be read as the first one's body
+            self.close_connection = True
+            return
         self._drain()
         error = {"code": code, "message": message, "detail": {}}
         challenge = 'Basic realm="bulkhead registry"' if status == 401 else ""
@@ -315,6 +326,7 @@ class Handler(BaseHTTPRequestHandler):
         if not upload.lock.acquire(timeout=_TIMEOUT_S):
             raise Problem(409, "BLOB_UPLOAD_INVALID", "another request writes to this upload")
         try:
+            registry.uploads.find(repository.name, session)  # who had the lock may have ended it
             self._go_on(repository, upload)
         finally:
             upload.lock.release()
@@ -331,8 +343,12 @@ class Handler(BaseHTTPRequestHandler):
         upload = registry.uploads.begin(repository.name)
         if query.get("digest"):
             with upload.lock:
-                self._write(upload)
-                registry.finish(repository, upload, query["digest"])
+                try:
+                    self._write(upload)
+                    registry.finish(repository, upload, query["digest"])
+                except BaseException:
+                    registry.uploads.end(upload)  # nobody knows its name
+                    raise
             self._created(repository, query["digest"])
             return
         self._stands(repository, upload, 202)

@@ -1,0 +1,102 @@
+"""The registry's HTTP where it meets broken requests and broken blobs."""
+
+import io
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bulkhead.depot.http import Server
+from bulkhead.depot.uploads import Uploads
+from bulkhead.errors import Corrupt
+
+_DIGEST = "sha256:" + "a" * 64
+
+
+class _Rotten(io.BytesIO):
+    """A blob that turns out to be corrupt after its first piece."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.tell():
+            raise Corrupt("the rest is not what it should be")
+        return super().read(4)
+
+
+class _Writer:
+    offset = 0
+    closed = False
+
+    def write(self, data: bytes) -> None:
+        self.offset += len(data)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def registry() -> Any:
+    store: Any = SimpleNamespace(writer=_Writer)
+    return SimpleNamespace(
+        repository=lambda name: SimpleNamespace(name=name),
+        blob=lambda repository, digest: (_Rotten(b"0123456789"), 10),
+        check_push=lambda: None,
+        protect=lambda: None,
+        digest=lambda text: text,
+        uploads=Uploads(store),
+    )
+
+
+@pytest.fixture
+def port(registry: Any) -> Iterator[int]:
+    with Server(("127.0.0.1", 0), registry) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield int(server.server_address[1])
+        server.shutdown()
+        thread.join()
+
+
+def _ask(port: int, data: bytes) -> bytes:
+    """Everything that comes back until the server closes the connection."""
+    found = bytearray()
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
+        sock.sendall(data)
+        while piece := sock.recv(1 << 16):
+            found += piece
+    return bytes(found)
+
+
+def test_an_error_within_a_blob_cuts_it_off(port: int) -> None:
+    answer = _ask(port, f"GET /v2/a/blobs/{_DIGEST} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert body == b"0123"
+
+
+@pytest.mark.parametrize("headers", [
+    "Content-Length: 0\r\nContent-Length: 5", "Content-Length: 5\r\nTransfer-Encoding: chunked",
+    "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity", "Content-Length : 5",
+    "Content-Length: +5", "Transfer-Encoding: gzip",
+])  # fmt: skip
+def test_bodies_that_others_may_read_otherwise_are_refused(port: int, headers: str) -> None:
+    answer = _ask(port, f"GET /v2/ HTTP/1.1\r\nHost: h\r\n{headers}\r\n\r\n".encode())
+    assert re.findall(rb"HTTP/1\.1 (\d+)", answer) == [b"400"]
+
+
+def test_an_upload_whose_name_nobody_knows_is_ended(port: int, registry: Any) -> None:
+    made: list[Any] = []
+    begin = registry.uploads.begin
+
+    def remembered(name: str) -> Any:
+        made.append(begin(name))
+        return made[-1]
+
+    registry.uploads.begin = remembered
+    head = f"POST /v2/a/blobs/uploads/?digest={_DIGEST} HTTP/1.1\r\nHost: h\r\n"
+    assert not _ask(port, f"{head}Transfer-Encoding: chunked\r\n\r\nno size\r\n".encode())
+    assert len(made) == 1
+    assert made[0].writer.closed
