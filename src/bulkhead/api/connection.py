@@ -163,7 +163,7 @@ class Connection(asyncio.Protocol):
                 await self._one(head)
                 if not head.keep_alive or self.hijacked or not await self._finish_body():
                     break
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, Gone):
             pass  # by the client, which is gone
         except Exception:
             log.exception("unexpected failure on a connection")

@@ -338,12 +338,14 @@ async def with_upload(exchange: Exchange, work: Callable[[OwnedFd], Awaitable[_T
             await feeding  # the body was at fault
         raise
     else:
-        feeding.cancel()
+        if feeding.done() and not feeding.cancelled():
+            await feeding  # what was taken for the body's end may have been a fault in it
         return result
     finally:
         feeding.cancel()
         with contextlib.suppress(asyncio.CancelledError, Gone, BulkheadError):
             await feeding
+        writing.close()  # a task that never ran has not
         reading.close()
 
 

@@ -48,6 +48,7 @@ MAXIMUM, MINIMUM = (1, 50), (1, 40)
 OLDEST = (1, 22)
 """Clients that ask for less than the minimum get its answers: skopeo asks for 1.22 always."""
 MAX_CONNECTIONS = 2048
+MAX_UNKNOWN = 256
 _VERSION = re.compile(r"/v(\d{1,4})\.(\d{1,4})(?=/|$)")
 
 
@@ -79,12 +80,16 @@ class Service:
         self._engine = engine
         self._methods = methods
         self.connections: set[Connection] = set()
+        self.unknown: set[Tls] = set()
+        """TCP connections whose handshake is not done."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     def accept(self, sock: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         """Serve a client that has just connected."""
-        if len(self.connections) >= MAX_CONNECTIONS:
-            log.warning("more than %d clients of the API: one is turned away", MAX_CONNECTIONS)
+        # Who has no certificate yet must not take the room of who has one.
+        known, room = (self.unknown, MAX_UNKNOWN) if tls else (self.connections, MAX_CONNECTIONS)
+        if len(known) >= room or len(self.connections) >= MAX_CONNECTIONS:
+            log.warning("more than %d clients of the API: one is turned away", room)
             sock.close()
             return
         sock.setblocking(False)
@@ -98,7 +103,7 @@ class Service:
 
         def secured() -> asyncio.Protocol:
             assert tls is not None
-            return Tls(tls, plain)
+            return Tls(tls, plain, self.unknown)
 
         try:
             await self._engine.loop.connect_accepted_socket(secured if tls else plain, sock)
@@ -149,6 +154,8 @@ class Service:
         """End every connection."""
         for task in list(self._tasks):
             task.cancel()
+        for stranger in list(self.unknown):
+            stranger.raw.abort()
         for connection in list(self.connections):
             with contextlib.suppress(Exception):
                 await connection.finish()

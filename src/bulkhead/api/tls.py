@@ -57,8 +57,15 @@ class Facade(asyncio.Transport):
 class Tls(asyncio.Protocol):
     """The protocol of the socket; `make` gives the one above once the peer is known."""
 
-    def __init__(self, context: ssl.SSLContext, make: Callable[[], asyncio.Protocol]) -> None:
+    def __init__(
+        self,
+        context: ssl.SSLContext,
+        make: Callable[[], asyncio.Protocol],
+        unknown: "set[Tls]",
+    ) -> None:
+        """`unknown`: it is in there until the handshake is done, or the connection lost."""
         self._make = make
+        self._unknown = unknown
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._inner: asyncio.Protocol | None = None
@@ -70,11 +77,14 @@ class Tls(asyncio.Protocol):
         """Wait for the handshake, but not for ever."""
         assert isinstance(transport, asyncio.Transport)
         self.raw = transport
+        self._unknown.add(self)
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(HANDSHAKE_WITHIN_S, transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        """Decrypt, and hand on."""
+        """Decrypt, and hand on; what comes after close_notify is nothing to us."""
+        if self._ended:
+            return
         self._incoming.write(data)
         try:
             if self._inner is None:
@@ -92,6 +102,7 @@ class Tls(asyncio.Protocol):
     def _begin(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self._unknown.discard(self)
         self._inner = self._make()
         self._inner.connection_made(Facade(self))
 
@@ -146,5 +157,6 @@ class Tls(asyncio.Protocol):
         """Say so above."""
         if self._timer is not None:
             self._timer.cancel()
+        self._unknown.discard(self)
         if self._inner is not None:
             self._inner.connection_lost(error)
