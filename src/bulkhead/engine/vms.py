@@ -125,6 +125,8 @@ async def create(
         undo.callback(delete_tree, engine.home.workload(record.id))
         await _fill(engine, record, record.vm, wanted, [size, *wanted.more])
         workload = Workload(record)
+        if base:
+            files.image(engine.home, base.name)  # it may have been removed meanwhile
         engine.workloads.check_name(record.name)
         engine.reservations.claim(record, record.host)
         engine.workloads.add(workload)
