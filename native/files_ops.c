@@ -394,10 +394,17 @@ static int rename_to(const struct request *r, uint64_t newdir, unsigned flags, s
         return ESTALE;
     if (renameat2(node_fd(from), name, node_fd(to), new_name, flags))
         return errno;
+    /* What the guest has forgotten is known by its children alone: one that moves takes it away. */
+    hold_node(from);
+    if (other)
+        hold_node(other);
     if (n && n != other)
         node_moved(n, to, new_name);
     if (other && flags & RENAME_EXCHANGE)
         node_moved(other, from, name);
+    if (other)
+        release_node(other);
+    release_node(from);
     return 0;
 }
 

@@ -162,6 +162,22 @@ def test_a_file_that_is_forgotten_while_it_is_open_stays_open(
         assert guest.ask(fuse.RELEASE, node, release)[0] == errno.EBADF
 
 
+def test_a_directory_that_is_forgotten_may_lose_what_was_known_of_it(
+    source: Path, checked: str | None
+) -> None:
+    """An exchange takes the last known file out of it and puts another in."""
+    (source / "directory" / "inner").write_text("inner")
+    with Fuse(source, checked) as guest:
+        directory, file = guest.look_up(b"directory"), guest.look_up(b"file")
+        inner = guest.look_up(b"inner", directory)
+        guest.send(guest.request(fuse.FORGET, directory, struct.pack("<Q", 1)))
+        exchange = struct.pack("<QII", ROOT, 2, 0) + b"inner\0file\0"
+        assert guest.ask(fuse.RENAME2, directory, exchange)[0] == 0
+        assert guest.look_up(b"file") == inner
+        assert guest.look_up(b"inner", guest.look_up(b"directory")) == file
+    assert (source / "file").read_text() == "inner"
+
+
 def test_open_files_are_bounded(source: Path, checked: str | None) -> None:
     with Fuse(source, checked) as guest:
         node = guest.look_up(b"file")
