@@ -102,6 +102,8 @@ static void give_credit(struct process *p, int i)
     uint32_t stream = (uint32_t)i + 1;
     if (!o->flushed || o->ended || (o->flushed < CHUNK && buffer_size(&o->bytes)))
         return;
+    if (buffer_size(&to_guest) >= QUEUE_FULL)
+        return; /* it does not read; write_guest() gives it when it does */
     frame_add(&to_guest, H_CREDIT, p->id, o->flushed, &stream, sizeof stream);
     o->unacked -= o->flushed;
     o->flushed = 0;
@@ -355,16 +357,23 @@ static void write_ring(void)
     bells++;
 }
 
-void write_guest(void)
+static void write_line(void)
 {
-    if (ring >= 0) {
-        write_ring();
-        return;
-    }
     size_t most = (size_t)options.window - under_way, left = most;
     if (buffer_flush_some(&to_guest, guest, &left))
         buffer_free(&to_guest); /* its end will be read */
     under_way += most - left;
+}
+
+void write_guest(void)
+{
+    if (ring >= 0)
+        write_ring();
+    else
+        write_line();
+    for (struct process *p = processes; p; p = p->next)
+        for (int i = 0; i < 2; i++)
+            give_credit(p, i);
 }
 
 int may_write_guest(void)

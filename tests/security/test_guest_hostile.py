@@ -144,6 +144,19 @@ def test_more_output_than_credit_ends_the_guest(tmp_path: Path) -> None:
         assert b"more output than it has credit for" in process.stderr.read()
 
 
+def test_a_guest_that_does_not_read_is_given_no_more_credit(tmp_path: Path) -> None:
+    """Output in single bytes, each of which would be answered with more than itself."""
+    pipe = subprocess.PIPE
+    streams = (pipe, subprocess.DEVNULL, pipe)
+    with HostileGuest(tmp_path, SCRIPT, streams=streams) as guest:
+        started(guest)
+        guest.send(frames.encode(Type.OUT, MAIN, 1, b"x") * 1_000_000)
+        process = guest.monitor.process
+        assert process.wait(DEADLINE_S) == 125
+        assert process.stderr is not None
+        assert b"more output than it has credit for" in process.stderr.read()
+
+
 @pytest.mark.parametrize(
     "frame",
     [
