@@ -6,6 +6,7 @@ So everything that moves images moves it. SOURCE and TARGET are what docker's us
 """
 
 import os
+import re
 from typing import TYPE_CHECKING
 
 from bulkhead.build.cache import Step
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _MARK = "dev.bulkhead.build-cache"
 _NAME = "bulkhead.local/build-cache"
 _FILE = "bulkhead-cache.tar"
+_KEY = re.compile(r"[0-9a-f]{64}")
 
 
 def fields(text: str, folder: str) -> tuple[str, str]:
@@ -67,7 +69,9 @@ def load(builder: "Builder", text: str) -> None:
         for entry in image.config.history or ():
             key, _, kind_ = entry.comment.partition(" ")
             diff_id, _, what = entry.created_by.partition(" ")
-            if diff_id in known and builder.cache.get(key) is None:
+            if not _KEY.fullmatch(key):  # it names a file of the cache
+                builder.reporter.warn(f"{where} has a result with the key {key[:64]!r}: left out")
+            elif diff_id in known and builder.cache.get(key) is None:
                 layer = builder.host.store.layer(diff_id)
                 size = layer.size if layer is not None else 0
                 builder.cache.put(Step(key, diff_id, size, entry.created or "", what, kind_))
