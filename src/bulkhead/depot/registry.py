@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -41,6 +42,7 @@ class Registry:
         self.uploads = Uploads(store)
         self.proxy = proxy
         self._readonly = readonly
+        self._guard = threading.Lock()
         self._leases = ExitStack()
         self._older = ExitStack()
         self._leased = 0.0
@@ -49,11 +51,12 @@ class Registry:
 
     def protect(self) -> None:
         """Keep what was stored in the last hour from garbage collection until it has a link."""
-        if time.monotonic() - self._leased > _LEASE_S or not self._leased:
-            self._older.close()
-            self._older, self._leases = self._leases, ExitStack()
-            self._leases.enter_context(self.store.lease())
-            self._leased = time.monotonic()
+        with self._guard:
+            if time.monotonic() - self._leased > _LEASE_S or not self._leased:
+                self._older.close()
+                self._older, self._leases = self._leases, ExitStack()
+                self._leases.enter_context(self.store.lease())
+                self._leased = time.monotonic()
 
     def close(self) -> None:
         """End the uploads that are under way."""
