@@ -79,7 +79,7 @@ static void on_frame(const struct frame *f, const char *bytes)
             share = &shares[i];
     if (f->type != G_FUSE || !share)
         fail("a frame of type %u for mount %u", f->type, f->id);
-    if (buffer_size(&share->request) + f->length > REQUEST_MAX)
+    if (buffer_size(&share->request) + f->length > FUSE_REQUEST_MAX)
         fail("the guest sent a request that is too long");
     buffer_add(&share->request, bytes, f->length);
     if (!(f->flags & FLAG_MORE))

@@ -9,7 +9,6 @@
 #include <sys/stat.h>
 
 #define IO_MAX (256u << 10)               /* of one read or write; FUSE max_write */
-#define REQUEST_MAX (IO_MAX + 8192u)      /* a FUSE request with its headers */
 #define SHARES_MAX 64u
 #define OPEN_NODES_MAX 2048u              /* O_PATH descriptors that are kept */
 #define PINNED_MAX 1024u                  /* of them, of files without a name */

@@ -22,6 +22,7 @@
 #define HELLO_KEEP 0x80000000u /* in a HELLO's arg: the script's process goes on, see H_ADOPT */
 #define WINDOW (256u << 10)   /* bytes of a stream that may be under way without a CREDIT */
 #define MESSAGE_MAX (4u << 20) /* of a message put together from fragments */
+#define FUSE_REQUEST_MAX ((1u << 20) + 4096u) /* a guest reads so much at once: as many FORGETs as fit */
 #define PROCESSES_MAX 256u
 #define FIRST_CLIENT_ID 0x10000u /* the script's ids are below; of clients nothing but theirs may fail */
 

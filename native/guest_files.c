@@ -6,8 +6,6 @@
 #include <stdio.h>
 #include <sys/mount.h>
 
-#define FUSE_REQUEST_MAX ((1u << 20) + 4096u)
-
 struct mountpoint {
     uint32_t id;
     int fd, at;

@@ -162,6 +162,18 @@ def test_a_file_that_is_forgotten_while_it_is_open_stays_open(
         assert guest.ask(fuse.RELEASE, node, release)[0] == errno.EBADF
 
 
+def test_as_many_are_forgotten_at_once_as_a_guest_reads(source: Path, checked: str | None) -> None:
+    """The kernel fills what it is given to read, 1 MiB, when it drops what it had cached."""
+    with Fuse(source, checked) as guest:
+        node = guest.look_up(b"file")
+        count = 1 << 16
+        forgets = struct.pack("<II", count, 0) + struct.pack("<QQ", node, 1) * count
+        guest.send(guest.request(fuse.BATCH_FORGET, 0, forgets))
+        attr = struct.pack("<IIQ", 0, 0, 0)
+        assert guest.ask(fuse.GETATTR, node, attr)[0] == errno.ESTALE
+        assert guest.ask(fuse.GETATTR, ROOT, attr)[0] == 0
+
+
 def test_a_directory_that_is_forgotten_may_lose_what_was_known_of_it(
     source: Path, checked: str | None
 ) -> None:
@@ -221,7 +233,7 @@ NONSENSE: list[Callable[[Fuse], bytes]] = [
     lambda guest: frames.encode(Type.OUT, 100, 0, b"x"),
     lambda guest: frames.encode(Type.FUSE, 100, 0, b"short"),
     lambda guest: frames.encode(Type.FUSE, 100, 0, guest.request(fuse.GETATTR, 1, b"") + b"more"),
-    lambda guest: frames.encode(Type.FUSE, 100, 0, bytes(1 << 20)),
+    lambda guest: frames.encode(Type.FUSE, 100, 0, bytes(1 << 21)),
 ]
 
 
