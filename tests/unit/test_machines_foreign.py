@@ -106,11 +106,15 @@ def test_an_appliance_says_what_it_is(tmp_path: Path) -> None:
     ("change", "words"),
     [
         (lambda text: "<!DOCTYPE x [<!ENTITY a 'b'>]>" + text, "document type"),
+        (
+            lambda text: "<?x <!-- ?><!DOCTYPE x [<!ENTITY a 'b'>]><?y --> ?>" + text,
+            "document type",
+        ),
         (lambda text: text.replace("<Disk ", "<Disk ovf:fileRef='file1'/><Disk "), "2 disks"),
         (lambda text: text.replace("disk.vmdk", "../../etc/shadow"), "not in it"),
         (lambda text: text[:200], "not XML"),
     ],
-    ids=["entities", "disks", "outside", "cut"],
+    ids=["entities", "hidden", "disks", "outside", "cut"],
 )
 def test_descriptions_that_are_refused(tmp_path: Path, change: object, words: str) -> None:
     assert callable(change)
@@ -125,6 +129,11 @@ def test_members_that_are_refused(tmp_path: Path) -> None:
                      disk=tarfile.SYMTYPE)  # fmt: skip
     with pytest.raises(Invalid, match="plain file"):
         ova.unpack(str(path), str(tmp_path / "out"))
+    with tarfile.open(tmp_path / "c.ova", "w") as archive:
+        for _ in range(2):
+            archive.addfile(tarfile.TarInfo("a.ovf"))
+    with pytest.raises(Invalid, match="twice"):
+        ova.unpack(str(tmp_path / "c.ova"), str(tmp_path / "out"))
     many = {"a.ovf": OVF.encode()} | {f"f{number}": b"" for number in range(100)}
     with pytest.raises(Invalid, match="members"):
         ova.unpack(str(appliance(tmp_path / "b.ova", many)), str(tmp_path / "out"))

@@ -67,7 +67,10 @@ def _members(archive: tarfile.TarFile, path: str) -> dict[str, tarfile.TarInfo]:
             raise Invalid(f"{path} has more than {_MOST_MEMBERS} members")
         if not member.isreg() or member.issparse():
             raise Invalid(f"{path}: {member.name[:80]!r} is not a plain file")
-        found[member.name.removeprefix("./")] = member
+        name = member.name.removeprefix("./")
+        if name in found:
+            raise Invalid(f"{path} has {name[:80]!r} twice")
+        found[name] = member
     return found
 
 
@@ -80,12 +83,21 @@ def _text(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:
         return file.read(_MOST_TEXT).decode("utf-8", "replace")
 
 
+class _Builder(ElementTree.TreeBuilder):
+    """Takes no document type; the parser tells of one before it reads what that declares."""
+
+    def doctype(self, name: str, pubid: str, system: str) -> None:
+        """Invalid."""
+        raise Invalid("the description has a document type, which none needs")
+
+
 def describe(text: str, path: str) -> Described:
     """What the .ovf `text` says."""
-    if "<!" in re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL):
-        raise Invalid(f"{path}: the description has a document type, which none needs")
     try:
-        root = ElementTree.fromstring(text)  # noqa: S314 - no document type, so no entities
+        parser = ElementTree.XMLParser(target=_Builder())  # noqa: S314 - so no entities
+        root = ElementTree.fromstring(text, parser)  # noqa: S314
+    except Invalid as error:
+        raise Invalid(f"{path}: {error.message}") from None
     except ElementTree.ParseError as error:
         raise Invalid(f"{path}: the description is not XML: {error}") from error
     files = {_get(one, "id"): _get(one, "href") for one in _all(root, "File")}
