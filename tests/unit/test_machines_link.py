@@ -1,12 +1,14 @@
 """The link of a machine: frames taken apart, greetings, garbage."""
 
 import contextlib
+import socket
 import subprocess
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bulkhead.engine import inside
 from bulkhead.errors import Invalid
 from bulkhead.machines import link, payload
 from bulkhead.machines.link import Kind
@@ -50,6 +52,18 @@ def test_impossible_frames_end_it() -> None:
             link.Splitter(NONCE).feed(link.MARK + NONCE + bad)
     with pytest.raises(Invalid):
         link.number_in(b"123")
+
+
+def test_what_takes_no_window_is_not_kept() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection = inside.Link(ours, NONCE)
+        channel = connection._channels[1] = inside._Channel()
+        for _ in range(100):
+            connection._take(link.Frame(Kind.OUTPUT, 1, b""))
+        for _ in range(100):
+            connection._take(link.Frame(Kind.EXIT, 1, link.number(7)))
+        assert channel.out.qsize() == 1
 
 
 @given(st.lists(st.binary(max_size=64), max_size=8))

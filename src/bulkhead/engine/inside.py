@@ -37,6 +37,7 @@ class _Channel:
         self.owed = {Kind.OUTPUT: 0, Kind.ERROR: 0}
         self.room = link.WINDOW
         self.more = asyncio.Event()
+        self.ended = False
 
 
 class Link:
@@ -50,6 +51,7 @@ class Link:
         self._sending = asyncio.Lock()
         self._reading: asyncio.Task[None] | None = None
         self.closed = False
+        self._why = "the machine has ended, or its engine was lost"
 
     @classmethod
     async def open(cls, directory: str) -> "Link":
@@ -85,21 +87,25 @@ class Link:
             while data := await loop.sock_recv(self._socket, _PIECE):
                 for frame in self._splitter.feed(data):
                     self._take(frame)
-        except (OSError, BulkheadError):
-            pass
+        except (OSError, BulkheadError) as error:
+            self._why = f"the link to the machine has ended: {error}"
         finally:
             self.close()
 
     def _take(self, frame: link.Frame) -> None:
         channel = self._channels.get(frame.channel)
-        if channel is None:
+        # What takes no room in a window would otherwise be kept without end.
+        if channel is None or channel.ended:
             return
         if frame.kind in channel.owed:
+            if not frame.payload:
+                return
             channel.owed[frame.kind] += len(frame.payload)
             if channel.owed[frame.kind] > link.WINDOW:
                 raise Invalid("the machine sends more than it may")
             channel.out.put_nowait(frame)
         elif frame.kind == Kind.EXIT:
+            channel.ended = True
             channel.out.put_nowait(frame)
         elif frame.kind == Kind.TAKEN:
             channel.room = min(channel.room + link.number_in(frame.payload), link.WINDOW)
@@ -129,13 +135,13 @@ class Link:
         """Run a command of bulkhead's with these three streams; its exit code."""
         if len(self._channels) >= link.CHANNELS:
             raise Conflict(f"{link.CHANNELS} commands run in that machine already")
-        number, channel = self._next, _Channel()
-        self._next += 1
-        self._channels[number] = channel
         wanted = {"argv": list(argv), "tty": tty, "rows": rows, "columns": columns}
         payload = json.dumps(wanted).encode()
         if len(payload) > link.MOST:
             raise Invalid("the command line is too long for a machine")
+        number, channel = self._next, _Channel()
+        self._next += 1
+        self._channels[number] = channel
         feeding: asyncio.Task[None] | None = None
         try:
             await self._send(Kind.RUN, number, payload)
@@ -152,7 +158,7 @@ class Link:
             frame = await channel.out.get()
             if frame.kind == Kind.EXIT:
                 if self.closed:
-                    raise Unavailable("the machine has ended, or its engine was lost")
+                    raise Unavailable(self._why)
                 return link.number_in(frame.payload)
             target = fds[1] if frame.kind == Kind.OUTPUT else fds[2]
             with contextlib.suppress(BrokenPipeError):
