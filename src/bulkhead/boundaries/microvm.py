@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import glob
+import hashlib
 import math
 import os
 import shutil
@@ -200,6 +201,7 @@ class MicrovmBoundary(GuestBoundary):
         key = templates.Key(
             root.directory, jail.guest_bytes, cards, processors(bundle), acceleration().name
         )
+        key = dataclasses.replace(key, command=_command(key))
         return Parts(jail, tuple(later), key)
 
 
@@ -315,6 +317,13 @@ def _template_machine(key: templates.Key) -> qemu.Machine:
         tsc_khz=tsc_khz(),
         confined=not key.imaged,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _command(key: templates.Key) -> str:
+    """A hash of its template's command line, without the host's clock rate, which is measured."""
+    machine = dataclasses.replace(_template_machine(key), tsc_khz=1)
+    return hashlib.sha256(repr(qemu.argv(machine)).encode()).hexdigest()
 
 
 def _booted(bundle: Bundle, parts: Parts) -> Prepared:

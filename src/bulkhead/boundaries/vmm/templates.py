@@ -47,13 +47,17 @@ _POLL_S = 0.005
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What a template and its clones have in common; `files` names kernel, initramfs and QEMU."""
+    """What a template and its clones have in common; `files` names kernel, initramfs and QEMU.
+
+    `command` is a hash of the template's command line, which a newer version of ours may change.
+    """
 
     files: str
     memory_bytes: int
     cards: int
     vcpus: int
     accelerator: str
+    command: str = ""
 
     @property
     def imaged(self) -> bool:
@@ -102,6 +106,8 @@ class Templates:
             self._boot = hashlib.sha256(file.read()).hexdigest()[:8]
         self._kept: OrderedDict[Key, Template] = OrderedDict()
         self._locks: dict[Key, asyncio.Lock] = {}
+        self._making: set[str] = set()
+        """Names of images that are being written: not to be cleared away by others' makers."""
 
     def find(self, key: Key) -> Template | None:
         """The template, if there is one."""
@@ -144,6 +150,8 @@ class Templates:
             image = undo.enter_context(OwnedFd(file))
             removal = undo.enter_context(contextlib.ExitStack())
             removal.callback(os.unlink, scratch)
+            self._making.add(os.path.basename(scratch))
+            undo.callback(self._making.discard, os.path.basename(scratch))
             with _Machine() as machine:
                 booted = await machine.boot(boot, image)
 
@@ -155,7 +163,8 @@ class Templates:
             name = self._name(key)
             os.rename(scratch, f"{self._folder}/{name}")
             removal.pop_all()
-            used = [self._name(one) for one in self._kept]
+            self._making.discard(os.path.basename(scratch))
+            used = [*(self._name(one) for one in self._kept), *self._making]
             images.forget_others(self._folder, self._boot, [name, *used], KEPT)
         found = self._open(key)
         if found is None:
