@@ -211,8 +211,9 @@ async def _sweep(engine: "Engine", entries: dict[str, Entry]) -> None:
     await engine.removal.sweep()
     if os.path.exists(engine.home.in_root("machines", "work")):
         await engine.blocking(lambda: files.sweep(engine.home))
-    looks = engine.home.in_run("looks")
-    await engine.blocking(lambda: shutil.rmtree(looks, ignore_errors=True))
+    for name in ("looks", "tools", "templates"):
+        left = engine.home.in_run(name)
+        await engine.blocking(functools.partial(shutil.rmtree, left, ignore_errors=True))
     for path in engine.volumes.sweep():
         await engine.blocking(functools.partial(engine.volumes.remove_tree, path))
 

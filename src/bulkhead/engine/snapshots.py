@@ -22,6 +22,7 @@ from bulkhead.boundary import registry
 from bulkhead.boundary.seam import Saving
 from bulkhead.engine import body, launching, names
 from bulkhead.engine.records import Record, Workload
+from bulkhead.engine.trees import delete_tree
 from bulkhead.errors import Conflict, Invalid, NotFound, Unavailable, Unsupported
 from bulkhead.home import Home
 from bulkhead.linux import sparse
@@ -165,14 +166,19 @@ async def restore(engine: "Engine", name: str, new_name: str = "") -> Workload:
     record.saved = name
     workload = Workload(record)
     path = directory(engine.home, name)
-    launching.make_directories(engine.home, record.id)
-    disk = f"{engine.home.workload(record.id)}/{_DISK}"
-    try:
-        await engine.blocking(lambda: sparse.copy_file(f"{path}/{_DISK}", disk))
-    except OSError as error:
-        raise Unavailable(f"the disk of the snapshot {name}: {error.strerror}") from error
-    engine.reservations.claim(record, record.host)
-    engine.workloads.add(workload)
+    engine.workloads.check_name(record.name)
+    with contextlib.ExitStack() as undo:
+        for own in (engine.home.workload(record.id), engine.home.workload_run(record.id)):
+            undo.callback(delete_tree, own)
+        launching.make_directories(engine.home, record.id)
+        disk = f"{engine.home.workload(record.id)}/{_DISK}"
+        try:
+            await engine.blocking(lambda: sparse.copy_file(f"{path}/{_DISK}", disk))
+        except OSError as error:
+            raise Unavailable(f"the disk of the snapshot {name}: {error.strerror}") from error
+        engine.reservations.claim(record, record.host)
+        engine.workloads.add(workload)
+        undo.pop_all()
     try:
         await engine.lifecycle.start(workload)
     except BaseException:
