@@ -111,6 +111,14 @@ def test_a_disk_that_is_written_is_seen_by_one_kernel() -> None:
         table.take("v", _holder("two", "k2", writes=False), disk=True)
 
 
+def test_the_host_does_not_mount_a_disk_that_a_guest_reads(manager: VolumeManager) -> None:
+    manager.create("sized", driver_opts={"size": "64m"})
+    reader = _holder("guest", "k1", writes=False)
+    manager.hold("sized", "id-guest", reader, mounted=False)
+    with pytest.raises(Conflict, match="stop guest first"):
+        manager.hold("sized", "id-a", _holder("a", writes=False))
+
+
 def test_sizes_are_checked(manager: VolumeManager) -> None:
     for size in ("1k", "x", "-5m", "100000t"):
         with pytest.raises(Invalid, match="size"):

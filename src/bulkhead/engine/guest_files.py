@@ -125,9 +125,9 @@ async def _in_volume(
             if point.name not in engine.volumes:
                 raise NotFound(f"get {point.name}: no such volume")
             source = engine.volumes.hold(point.name, workload.id)
-            if point.subpath:
-                source = copyup.subdirectory(source, point.subpath)
         try:
+            if point.type_ == "volume" and point.subpath:
+                source = copyup.subdirectory(source, point.subpath)
             flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             try:
                 root = OwnedFd(os.open(source, flags))

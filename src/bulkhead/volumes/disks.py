@@ -90,7 +90,9 @@ def lend(directory: str) -> str:
     """The image, for a guest that may write it; Conflict if the host still has it mounted."""
     path = f"{directory}/{IMAGE}"
     deadline = time.monotonic() + _FREE_S
-    while path in _looped():
+    # The kernel's name of the file has no symbolic links in it.
+    real = os.path.realpath(path)
+    while real in _looped():
         if time.monotonic() > deadline:
             raise Conflict(f"{path} is still being written back by the host")
         time.sleep(0.02)

@@ -185,6 +185,8 @@ class VolumeManager:
         users = self._mounted.setdefault(name, set())
         if not os.path.ismount(path):
             if disk:
+                # Even to read it the host writes to it, which a guest that reads must not see.
+                self._not_lent(name, user)
                 self._mount_disk(name)
             elif volume.options.get("type"):
                 options.mount(volume.options, path, name)
