@@ -27,9 +27,13 @@ def copy_file(source: str, target: str) -> None:
         while at < size:
             try:
                 at = os.lseek(old.fileno(), at, os.SEEK_DATA)
-            except OSError:  # ENXIO: nothing but a hole is left
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # nothing but a hole is left
+                    raise
                 return
             end = os.lseek(old.fileno(), at, os.SEEK_HOLE)
             while at < end:
                 data = os.pread(old.fileno(), min(end - at, _STEP), at)
+                if not data:
+                    raise OSError(errno.EIO, "it was cut while it was copied", source)
                 at += os.pwrite(new.fileno(), data, at)
