@@ -31,6 +31,7 @@ from bulkhead.boundaries.jail import Roots
 from bulkhead.boundary.registry import Services
 from bulkhead.boundary.seam import Bundle, InstanceState, Launched, Missing, Report, Rootfs, Stdio
 from bulkhead.errors import (
+    BulkheadError,
     CommandNotExecutable,
     CommandNotFound,
     Conflict,
@@ -324,10 +325,10 @@ class Gvisor:
                 await asyncio.sleep(_POLL_S)
 
     async def _discard(self, identity: str) -> None:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(BulkheadError, OSError):
             await self.boundary.launcher.signal(identity, SIGKILL)
         if identity == self.bundle.id:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(BulkheadError, OSError):
                 await self.delete(force=True)
 
     def state(self) -> InstanceState:
