@@ -102,6 +102,12 @@ def test_hostile_substitutions_take_no_time() -> None:
         expand.word(spanned("${A#*b}"), {"A": "a" * 5000})
 
 
+@pytest.mark.parametrize("text", ["$A" * 30, '"' + "$A" * 30 + '"', "${B//x/$A}"])
+def test_words_do_not_grow_without_end(text: str) -> None:
+    with pytest.raises(DockerfileError, match="too long"):
+        expand.word(spanned(text), {"A": "a" * 100_000, "B": "x" * 4000})
+
+
 def test_continuation_comments_and_directives() -> None:
     text = "# escape=`\n\nfrom a`\n  # in between\n AS x\nRUN echo `\n\n  b\n"
     document = parse_text("Dockerfile", text.encode())

@@ -104,6 +104,8 @@ class _Word:
         self._at += 1
         while self._at < len(self._text):
             character = self._text[self._at]
+            if out.size > _LONGEST:
+                raise self._fail("the text becomes too long", first)
             if character == '"':
                 self._at += 1
                 return "".join(out.parts)
@@ -183,8 +185,12 @@ class _Word:
         self._at += 1
         word = self._until("}")
         self._close(first)
+        if not glob:
+            return value
         pattern = re.compile(_regex(glob), re.DOTALL)
-        return pattern.sub(lambda _: word, value, count=0 if double else 1) if glob else value
+        if double and len(word) * sum(1 for _ in pattern.finditer(value)) > _LONGEST:
+            raise self._fail("the text becomes too long", first)
+        return pattern.sub(lambda _: word, value, count=0 if double else 1)
 
     def _close(self, first: int) -> None:
         if self._text[self._at : self._at + 1] != "}":
