@@ -162,7 +162,7 @@ def _jail_mounts(bundle: Bundle) -> list[oci.Mount]:
         oci.Mount("/proc/sys/net", "tmpfs", "tmpfs", ["ro", *quiet]),
         # A user namespace may mount /proc only if there is one with nothing mounted over it.
         oci.Mount("/run/proc", "proc", "proc", quiet),
-        oci.Mount(BUNDLE, f"{bundle.directory}/gvisor", "bind", ["bind", "ro", *quiet]),
+        oci.Mount(BUNDLE, f"{bundle.directory}/gvisor/bundle", "bind", ["bind", "ro", *quiet]),
         oci.Mount(STATE, f"{bundle.directory}/gvisor/state", "bind", ["bind", "rw", *quiet]),
         oci.Mount(ROOTFS, _root_path(bundle), "bind", ["bind", "rw"]),
     ]  # fmt: skip
@@ -284,9 +284,10 @@ class Gvisor:
         """The directory that the jail sees, and the workload's root mounted in it."""
         self._unmount()
         shutil.rmtree(self._directory, ignore_errors=True)
-        for folder in ("", "/state", "/rootfs"):
-            os.mkdir(f"{self._directory}{folder}", 0o755)
-        with open(f"{self._directory}/config.json", "wb") as file:
+        os.mkdir(self._directory, 0o700)  # the workload's environment is in there
+        for folder in ("bundle", "state", "rootfs"):
+            os.mkdir(f"{self._directory}/{folder}", 0o755)
+        with open(f"{self._directory}/bundle/config.json", "wb") as file:
             file.write(config(self.bundle.spec, terminal=terminal))
         rootfs = self.bundle.rootfs
         options = root_plan.overlay_options(rootfs.lowers, rootfs.upper, rootfs.work)
