@@ -1,6 +1,8 @@
 """The API's connections at their limits: uploads that break, peers without certificates."""
 
 import asyncio
+import re
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -9,7 +11,8 @@ from typing import Any
 import pytest
 
 from bulkhead.api import exchange, tls
-from bulkhead.api.message import BadRequest
+from bulkhead.api.connection import Connection
+from bulkhead.api.message import BadRequest, Head
 from bulkhead.linux.fds import OwnedFd
 
 
@@ -67,6 +70,25 @@ def test_an_upload_that_nobody_wants_leaves_no_descriptor(monkeypatch: pytest.Mo
     with pytest.raises(BadRequest, match="refused"):
         asyncio.run(exchange.with_upload(_upload(b"a"), work))
     assert [fd.closed for fd in made] == [True, True]
+
+
+def test_what_is_no_request_is_answered_after_one_that_was() -> None:
+    async def handle(connection: Connection, head: Head) -> None:
+        connection.began = True
+        connection.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    async def scene() -> bytes:
+        ours, theirs = socket.socketpair()
+        loop = asyncio.get_running_loop()
+        await loop.connect_accepted_socket(lambda: Connection(handle, set()), ours)
+        reader, writer = await asyncio.open_connection(sock=theirs)
+        writer.write(b"GET / HTTP/1.1\r\n\r\nnonsense\r\n\r\n")
+        answers = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        return answers
+
+    assert re.findall(rb"HTTP/1\.1 (\d+)", asyncio.run(scene())) == [b"204", b"400"]
 
 
 def test_who_has_shown_no_certificate_is_counted() -> None:

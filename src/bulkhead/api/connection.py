@@ -184,6 +184,7 @@ class Connection(asyncio.Protocol):
 
     async def _read_head(self) -> Head | None:
         """The next request; None when there is none any more."""
+        self.began = False
         limit: float | None = None
         while True:
             while self.buffer[:2] == b"\r\n":
