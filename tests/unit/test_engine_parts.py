@@ -116,6 +116,14 @@ def test_the_environment_has_what_docker_adds() -> None:
     assert found == ["PATH=/own", "HOSTNAME=box", "TERM=xterm", "A=2", "HOME=/home/u"]
 
 
+def test_private_variables_are_in_no_record() -> None:
+    workload = record(config=Config(env=["A=1", "B=2"]))
+    spec = specgen.generate(workload, facts(private=["B=secret", "C=secret"]))
+    assert spec.process is not None
+    assert {"A=1", "B=secret", "C=secret"} <= set(spec.process.env)
+    assert b"secret" not in msgspec.json.encode(workload)
+
+
 def test_host_namespaces_are_not_listed() -> None:
     host = HostConfig(pid_mode="host", uts_mode="host", ipc_mode="host", cgroupns_mode="host")
     spec = specgen.generate(record(host), facts(netns=None))

@@ -37,6 +37,8 @@ class Job:
     platform: str = ""
     limits: dict[str, Any] = field(default_factory=dict)
     """Members of HostConfig."""
+    private: Sequence[str] = ()
+    """Further variables, which must not reach a disk."""
     latest_ns: int | None = None
     """No time in the layer is later."""
 

@@ -36,6 +36,8 @@ class _Prepared:
     keys: list[dict[str, Any]] = field(default_factory=list)
     binds: list[Bind] = field(default_factory=list)
     env: list[str] = field(default_factory=list)
+    private: list[str] = field(default_factory=list)
+    """Variables that are secrets."""
 
 
 def run(build: "StageBuild", instruction: Run, step: Step) -> None:
@@ -84,6 +86,7 @@ def run(build: "StageBuild", instruction: Run, step: Step) -> None:
                 boundary=builder.options.boundary,
                 platform=state.platform,
                 limits=builder.options.limits,
+                private=prepared.private,
                 latest_ns=None if builder.epoch is None else builder.epoch * 10**9,
             )
             made = _execute(build, instruction, job, step)
@@ -290,7 +293,7 @@ class _Mounts:
             return
         if variable:
             text = data.decode("utf-8", "surrogateescape")
-            prepared.env.append(f"{variable}={text}")
+            prepared.private.append(f"{variable}={text}")
             if not target:
                 return
         folder = undo.enter_context(self._build.builder.host.scratch())

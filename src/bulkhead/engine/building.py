@@ -228,6 +228,7 @@ class Building:
                 engine, "", _body(job), job.boundary, started_at_once=True, step_of=_image(job)
             )
             holder.append(workload)
+            workload.private = job.private
             if job.binds:
                 self._points[workload.id] = points
             async with engine.processes.keeper.attaching(

@@ -231,6 +231,7 @@ def _facts(
         namespaces=namespaces,
         shared_shm=shared_shm,
         api=engine.home.in_run("docker.sock"),
+        private=workload.private,
         init=program_path("bulkhead-init") if record.host.init else "",
         rows=start.rows,
         columns=start.columns,

@@ -7,7 +7,7 @@ loop; `Workload.lock` orders the operations of one workload.
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -135,6 +135,8 @@ class Workload:
         self.health: dict[str, Any] | None = None
         self.execs: dict[str, Any] = {}
         self.settings: dict[str, Any] | None = None
+        self.private: Sequence[str] = ()
+        """Variables of its program that no record may have: secrets of a build."""
         self.attached = 0
         self.attachment: asyncio.Future[str] | None = None
         """The keeper's answer to the attachment that this run began with."""

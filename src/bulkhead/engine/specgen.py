@@ -34,16 +34,20 @@ class Facts:
     shared_shm: str | None = None
     api: str = ""
     """The socket of Docker's API: bound into a user namespace, root there may open it."""
+    private: Sequence[str] = ()
+    """Variables of the environment that no record may have."""
     init: str = ""
     """The path of our init on the host, if `--init` was given."""
     rows: int = 0
     columns: int = 0
 
 
-def environment(config: body.Config, identity: Identity, hostname: str) -> list[str]:
+def environment(
+    config: body.Config, identity: Identity, hostname: str, private: Sequence[str] = ()
+) -> list[str]:
     """PATH, HOSTNAME, TERM and HOME where nobody sets them; a name without "=" is left out."""
     own: dict[str, str] = {}
-    for entry in config.env or ():
+    for entry in (*(config.env or ()), *private):
         name, separator, _ = entry.partition("=")
         if separator:
             own[name] = entry
@@ -75,7 +79,7 @@ def _process(record: Record, facts: Facts, security: Security) -> oci.Process:
     return oci.Process(
         cwd=config.working_dir or "/",
         args=args,
-        env=environment(config, facts.identity, facts.hostname),
+        env=environment(config, facts.identity, facts.hostname, facts.private),
         terminal=config.tty,
         console_size=size,
         user=oci.User(
