@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,7 +82,9 @@ def test_docker_takes_it_for_runc(tmp_path: Path, runtime: str) -> None:
     need("runc", "dockerd")
     with (
         residue(str(tmp_path)),
-        dockerd(tmp_path, runtimes={"bulkhead": runtime}) as docker,
+        # Its containerd has long names below, and a socket's path has at most 107 bytes.
+        tempfile.TemporaryDirectory(prefix="bh-", dir="/var/tmp") as short,
+        dockerd(Path(short), runtimes={"bulkhead": runtime}) as docker,
     ):
         docker("import", "-", "busybox", stdin=busybox_tar()).ok()
 

@@ -82,7 +82,7 @@ SCENES = {
         D logs one
         D logs --tail 2 one
         D logs -t one
-        D logs --since 1h --until 0s one
+        D logs --since 1h --until 2100-01-01T00:00:00 one
         D exec one echo in
         D exec one sh -c 'exit 4'
         D exec one nope
@@ -218,7 +218,7 @@ SCENES = {
         D info --format '{{.Containers}} {{.Images}} {{.Architecture}}'
         D system df --format '{{.Type}} {{.TotalCount}} {{.Active}}'
         D system df -v | head -3
-        D events --since 1h --until 0s -f type=volume --format '{{.Action}}' | sort -u | head -2
+        sleep 1.1; D events --since 1h --until 0s -f type=volume --format '{{.Action}}' | sort -u
         D plugin ls
         D plugin inspect nope
         D node ls
