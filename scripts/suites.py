@@ -21,13 +21,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 BUDGETS = {
-    "house": 200,
-    "unit": 200,
-    "kernel": 660,
-    "security": 300,
-    "e2e": 1100,
+    "house": 120,
+    "unit": 120,
+    "kernel": 420,
+    "security": 180,
+    "e2e": 1080,
     "chaos": 300,
-    "guest": 840,
+    "guest": 1380,
 }
 """Seconds; together an hour, on two cores."""
 
