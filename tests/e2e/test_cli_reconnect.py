@@ -51,7 +51,7 @@ def test_run_goes_on(here: Installation, flags: Sequence[str], meanwhile: bool) 
                 assert process.stderr is not None
                 said = process.stderr.readline()
             out, err = feed(process, b"more\n")
-            assert (process.returncode, out) == (7, b"two more\n")
+            assert (process.returncode, out) == (7, b"two more\n"), said + err
             assert LOST in (said + err).decode()
         finally:
             process.kill()

@@ -14,9 +14,6 @@ from bulkhead.errors import BulkheadError, Conflict
 
 METHODS = Table()
 
-_QUICK_S = 0.02
-"""A start that takes no longer wakes its client once, not twice."""
-
 
 class Create(Params, frozen=True):
     """A new workload."""
@@ -102,16 +99,9 @@ class Update(One, frozen=True):
     body: body.UpdateBody
 
 
-def _create(
-    engine: Engine, params: Create, *, started_at_once: bool = False
-) -> tuple[Workload, list[str]]:
+def _create(engine: Engine, params: Create) -> tuple[Workload, list[str]]:
     workload, warnings = creation.create(
-        engine,
-        params.name,
-        params.body,
-        params.boundary,
-        params.kernel,
-        started_at_once=started_at_once,
+        engine, params.name, params.body, params.boundary, params.kernel
     )
     engine.events.emit("container", "create", workload.id, attributes(workload))
     return workload, warnings
@@ -144,7 +134,7 @@ async def run(engine: Engine, params: Run, call: Call) -> dict[str, Any]:
     streams = Streams(call, params.attach)
     try:
         keys = detach_keys(params.detach_keys)
-        workload, warnings = _create(engine, params, started_at_once=True)
+        workload, warnings = _create(engine, params)
     except BaseException:
         streams.close()
         raise
@@ -186,26 +176,13 @@ def _outcome(workload: Workload, reason: str) -> dict[str, Any]:
 async def _start_announced(
     engine: Engine, workload: Workload, params: Run, call: Call, warnings: list[str]
 ) -> None:
-    """Start, and tell the client its id and that it has started: in one item if that is quick."""
-    item: dict[str, Any] = {"Id": workload.id}
-    if warnings:
-        item["Warnings"] = warnings
-    said: list[object] = []
+    """Start, and tell the client its id and that it has started.
 
-    def say_id() -> None:
-        said.append(item)
-        call.send(item)
-
-    timer = engine.loop.call_later(_QUICK_S, say_id)
-    try:
-        await _start_or_remove(engine, workload, params)
-    except BaseException:
-        if not said:
-            say_id()
-        raise
-    finally:
-        timer.cancel()
-    call.send({"Started": True} if said else {**item, "Started": True})
+    The id goes first: a client that sees output must be able to ask the next engine for it.
+    """
+    call.send({"Id": workload.id, "Warnings": warnings} if warnings else {"Id": workload.id})
+    await _start_or_remove(engine, workload, params)
+    call.send({"Started": True})
 
 
 async def _start_or_remove(engine: Engine, workload: Workload, params: Run) -> None:
