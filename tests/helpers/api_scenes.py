@@ -218,7 +218,7 @@ SCENES = {
         D info --format '{{.Containers}} {{.Images}} {{.Architecture}}'
         D system df --format '{{.Type}} {{.TotalCount}} {{.Active}}'
         D system df -v | head -3
-        sleep 1.1; D events --since 1h --until 0s -f type=volume --format '{{.Action}}' | sort -u
+        sleep 1.1; D events --since 1h --until 0s -f event=destroy | grep -c vol
         D plugin ls
         D plugin inspect nope
         D node ls

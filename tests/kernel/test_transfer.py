@@ -24,18 +24,23 @@ SCRIPT = "cat /made; cat /data/kept; cat /anon/file; ls /etc/group; echo $WORD; 
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    directory = tmp_path_factory.mktemp("here")
-    with residue(str(directory)), rigs.engine(directory) as made:
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """The folders of two engines, neither of which is the other's residue."""
+    here, there = tmp_path_factory.mktemp("here"), tmp_path_factory.mktemp("there")
+    with residue(str(here), str(there)):
+        yield here, there
+
+
+@pytest.fixture(scope="module")
+def here(both: tuple[Path, Path]) -> Iterator[Rig]:
+    with rigs.engine(both[0]) as made:
         rigs.load_busybox(made)
         yield made
 
 
 @pytest.fixture(scope="module")
-def there(here: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    """Begins after `here` and ends before it, so that neither is the other's residue."""
-    directory = tmp_path_factory.mktemp("there")
-    with residue(str(directory)), rigs.engine(directory) as made:
+def there(both: tuple[Path, Path]) -> Iterator[Rig]:
+    with rigs.engine(both[1]) as made:
         yield made
 
 
