@@ -45,6 +45,7 @@ CALLS: tuple[tuple[str, ...], ...] = (
 VARIES = re.compile(
     r"[0-9a-f]{64}|\S*bulkhead-runtime: |runc: |runc \w+ failed: "
     r"|unable to start container process: |exec failed: |time=\S+ "
+    r'|level=error msg="error waiting for container: context canceled"'
     r"|/\S*/(?=bulkhead-runtime)|Error: OCI runtime error: "
 )
 
