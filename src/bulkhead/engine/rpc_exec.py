@@ -7,9 +7,12 @@ from bulkhead.engine import body
 from bulkhead.engine.attach import Streams, detach_keys
 from bulkhead.engine.calls import Call, Params, Table
 from bulkhead.engine.core import Engine
-from bulkhead.errors import Conflict
+from bulkhead.errors import Conflict, NotFound
 
 METHODS = Table()
+
+_ADOPTED_WITHIN = 200
+"""Hundredths of a second until the keeper knows a process that runs."""
 
 
 class Create(Params, frozen=True):
@@ -100,5 +103,12 @@ async def resize(engine: Engine, params: Resize, call: Call) -> dict[str, Any]:
     execution = engine.execs.find(params.id)
     if execution.state != "running":
         raise Conflict(f"exec {execution.id} is not running")
-    await engine.processes.keeper.resize(execution.identity, params.rows, params.columns)
+    for attempt in range(_ADOPTED_WITHIN):
+        try:
+            await engine.processes.keeper.resize(execution.identity, params.rows, params.columns)
+            break
+        except NotFound:  # the holder has launched it and is about to hand it to the keeper
+            if execution.state != "running" or attempt == _ADOPTED_WITHIN - 1:
+                raise
+            await asyncio.sleep(0.01)
     return {}
