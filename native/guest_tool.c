@@ -120,7 +120,9 @@ static void put_contents(int dir, const char *name, const struct stat *info)
     while (left) {
         size_t most = left < sizeof bytes ? (size_t)left : sizeof bytes;
         ssize_t n = fd < 0 ? 0 : read(fd, bytes, most);
-        if (n <= 0) {
+        if (n < 0)
+            exit(errno); /* in the midst of contents nothing can be said: what was sent is cut short */
+        if (n == 0) {
             memset(bytes, 0, most);
             n = (ssize_t)most;
             close_fd(&fd);
@@ -168,7 +170,9 @@ static char **list(int fd, size_t *count)
     struct dirent *d;
     DIR *directory = fdopendir(fcntl(fd, F_DUPFD_CLOEXEC, 3));
     *count = 0;
-    while (directory && (d = readdir(directory))) {
+    if (!directory)
+        end(END_ERRNO, errno, "a directory");
+    while (errno = 0, d = readdir(directory)) {
         if (!strcmp(d->d_name, ".") || !strcmp(d->d_name, ".."))
             continue;
         if (*count == room)
@@ -177,8 +181,9 @@ static char **list(int fd, size_t *count)
             abort();
         (*count)++;
     }
-    if (directory)
-        closedir(directory);
+    if (errno)
+        end(END_ERRNO, errno, "a directory");
+    closedir(directory);
     if (*count)
         qsort(names, *count, sizeof *names, by_name);
     return names;
