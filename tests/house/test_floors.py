@@ -17,8 +17,9 @@ FLOORS: dict[str, int] = {
     "boundaries": 4, "keeper": 4,
     "store": 5, "registry": 5, "images": 6, "network": 5, "state": 5, "volumes": 6,
     "build": 7, "depot": 7, "machines": 7,
-    "engine": 8,
-    "api": 9, "client": 9, "runtime": 9, "cli": 10,
+    "choosing": 8,
+    "engine": 9,
+    "api": 10, "client": 10, "runtime": 10, "cli": 11,
 }  # fmt: skip
 """DESIGN's floors; images stands on store and registry, cli on client."""
 
