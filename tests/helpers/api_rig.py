@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import docker
+import pytest
 
+from tests.helpers import packages
 from tests.helpers.engine_rig import Rig, engine
 from tests.helpers.images import Blobs, build, busybox_tar, docker_archive
 from tests.helpers.installation import TIMEOUT_S, Done
@@ -19,6 +21,20 @@ from tests.helpers.parity import plain_environment
 
 CLI = "/usr/bin/docker"
 NEWEST = "/usr/local/bin/docker"
+
+_NEWER = {
+    "compose": ("docker-compose", "trixie", "usr/libexec/docker/cli-plugins/docker-compose"),
+    "docker": ("docker-cli", "sid", "usr/bin/docker"),
+}
+
+
+def newer(name: str) -> str:
+    """A client of a newer Debian suite, unpacked; skips where it cannot be had."""
+    package, suite, path = _NEWER[name]
+    try:
+        return str(packages.unpacked(package, suite=suite) / path)
+    except packages.NoPackages as error:
+        pytest.skip(f"no {package} of {suite}: {error}")
 
 
 @dataclass
@@ -42,9 +58,8 @@ class Api:
         """The environment of a client."""
         config = self.folder / "client"
         config.mkdir(exist_ok=True)
-        return plain_environment(
-            DOCKER_HOST=self.url, DOCKER_CONFIG=str(config), DOCKER_BUILDKIT="0", **more
-        )
+        known = {"DOCKER_HOST": self.url, "DOCKER_CONFIG": str(config), "DOCKER_BUILDKIT": "0"}
+        return plain_environment(**(known | more))
 
     def cli(self, *argv: str, stdin: bytes = b"", program: str = CLI) -> Done:
         """Run docker's client to its end."""

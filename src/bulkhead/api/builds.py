@@ -1,24 +1,13 @@
-"""`/build`, `/build/prune`, `/session`: the classic builder; BuildKit's session is refused."""
+"""`/build` and `/build/prune`: the classic builder."""
 
 from typing import Any
 
-from bulkhead.api.answers import Failed, Reply
+from bulkhead.api import buildkit
+from bulkhead.api.answers import Failed
 from bulkhead.api.exchange import Exchange, Item, with_upload
 from bulkhead.api.registry_auth import registry_config
 from bulkhead.api.routes import ROUTES
 from bulkhead.api.transfers import progress
-
-NO_BUILDKIT = (
-    "BuildKit's session protocol is not served here: build with DOCKER_BUILDKIT=0, or with "
-    "'bulkhead build', which takes the same Dockerfiles"
-)
-
-
-@ROUTES.add("POST", "/session")
-@ROUTES.add("POST", "/grpc")
-async def session(x: Exchange) -> Reply:
-    """BuildKit's way in."""
-    raise Failed(501, NO_BUILDKIT)
 
 
 def _available(x: Exchange, method: str) -> None:
@@ -29,8 +18,7 @@ def _available(x: Exchange, method: str) -> None:
 @ROUTES.add("POST", "/build")
 async def build(x: Exchange) -> object:
     """Build an image of the context in the body."""
-    if x.text("version") == "2" or x.text("session"):
-        raise Failed(501, NO_BUILDKIT)
+    buildkit.refuse(x)
     _available(x, "build.run")
     from bulkhead.build import classic
 

@@ -154,14 +154,14 @@ class Exchange:
         self.stream = Stream(self.connection, chunked=chunked)
         return self.stream
 
-    def hijack(self, kind: str) -> "Stream":
+    def hijack(self, kind: str, protocol: str = "tcp") -> "Stream":
         """Take the connection out of HTTP: 101, or 200 if no upgrade was asked for."""
         connection = self.connection
         headers = {"Content-Type": kind}
         status = 200
         if self.head.upgrade:
             status = 101
-            headers |= {"Connection": "Upgrade", "Upgrade": "tcp"}
+            headers |= {"Connection": "Upgrade", "Upgrade": protocol}
         connection.began = connection.hijacked = True
         connection.write(message.head(status, common(self.version) | headers))
         self.stream = Stream(connection, chunked=False)

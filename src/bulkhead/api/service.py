@@ -13,6 +13,7 @@ from bulkhead.api import (
     absent,
     answers,
     archives,
+    buildkit,
     builds,
     containers,
     extensions,
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("bulkhead.api")
 PARTS = (
-    absent, archives, builds, containers, extensions, images, networks, processes, streams,
-    system, transfers, volumes, websocket,
+    absent, archives, buildkit, builds, containers, extensions, images, networks, processes,
+    streams, system, transfers, volumes, websocket,
 )  # fmt: skip
 """The modules that add routes."""
 

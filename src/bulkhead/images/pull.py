@@ -52,9 +52,11 @@ class Pull:
         self.progress = serial(self.progress)
         reference = reference.tagged()
         target = reference.digest or reference.tag or ""
-        self.progress(status(f"Pulling from {reference.path.removeprefix('library/')}", target))
         with self.catalog.store.lease():
             fetched = self.repository.manifest(target)
+            # Not before: what fails until here is an answer with a status, and no stream.
+            name = reference.path.removeprefix("library/")
+            self.progress(status(f"Pulling from {name}", target))
             stored = self._top(fetched, reference, platform)
             names = [reference.with_digest(fetched.digest)]
             if reference.digest is None:
