@@ -40,6 +40,8 @@ enum frame_type {
     H_FUSE_REPLY,  /* id of the mount; payload what is to be written to /dev/fuse */
     H_SHUTDOWN,    /* arg LINUX_REBOOT_CMD_*: end everything, write back, end the guest */
     H_ADOPT,       /* payload struct run: the process of that id, of before a HELLO_KEEP, is ours */
+    H_FUSE_DROP,   /* id of the mount: its requests fail from now on; answered by DONE */
+    H_MEMBER,      /* of a client, to the monitor: payload a set-up RUN, done when all of its processes have ended */
     /* guest to host */
     G_HELLO = 64,  /* arg version; payload nonce, then release NUL version NUL machine */
     G_STARTED,     /* arg pid */

@@ -253,7 +253,7 @@ static void on_run(const struct frame *f, char *bytes, size_t size)
 {
     struct run r;
     const char *problem = NULL;
-    int theirs[4] = {-1, -1, -1, -1}, error = EINVAL;
+    int theirs[5] = {-1, -1, -1, -1, -1}, error = EINVAL; /* the context twice: a program may join two of its namespaces */
     if (size < sizeof r || process_count >= PROCESSES_MAX || !f->id || find(f->id)) {
         refuse(f->id, size < sizeof r ? EINVAL : EAGAIN, "too short, too many, or an id that is taken");
         return;
@@ -275,7 +275,7 @@ static void on_run(const struct frame *f, char *bytes, size_t size)
     p->progress = take_flight();
     if (r.mode > MODE_TERMINAL || r.clone_flags & ~NAMESPACES || !p->progress)
         problem = "unknown mode, flags other than namespaces, or too many launches at once";
-    else if (!(problem = program_check(program, size - sizeof r, 4, !!(r.clone_flags & CLONE_NEWPID)))) {
+    else if (!(problem = program_check(program, size - sizeof r, 5, !!(r.clone_flags & CLONE_NEWPID)))) {
         if (r.mode == MODE_PIPES)
             error = make_pipes(p, theirs);
         else {
@@ -286,7 +286,8 @@ static void on_run(const struct frame *f, char *bytes, size_t size)
         }
         if (!error && r.context) {
             error = !context || context->reaped ? ESRCH : 0;
-            if (!error && (theirs[3] = (int)syscall(SYS_pidfd_open, context->pid, 0)) < 0)
+            if (!error && ((theirs[3] = (int)syscall(SYS_pidfd_open, context->pid, 0)) < 0
+                           || (theirs[4] = fcntl(theirs[3], F_DUPFD_CLOEXEC, 3)) < 0))
                 error = errno;
         }
         if (!error)
@@ -294,7 +295,7 @@ static void on_run(const struct frame *f, char *bytes, size_t size)
         if (error)
             problem = error == ESRCH ? "the process to join has ended" : strerror(error);
     }
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 5; i++)
         close_fd(&theirs[i]);
     if (problem) {
         refuse(f->id, error, problem);
@@ -565,6 +566,20 @@ static void put_off(const struct frame *f, const char *bytes, size_t size)
     run_pending();
 }
 
+/* A mount whose server has gone; maybe its turn has not come yet. */
+static void on_fuse_drop(const struct frame *f)
+{
+    for (struct pending **at = &pending, *p; (p = *at); at = &p->next)
+        if (p->frame.type == H_FUSE_MOUNT && p->frame.id == f->id) {
+            *at = p->next;
+            free(p);
+            refuse(f->id, ECANCELED, "its file server has ended");
+            break;
+        }
+    drop_mount(f->id);
+    frame_add(&outbox, G_DONE, f->id, 0, NULL, 0);
+}
+
 static void on_stream(const struct frame *f, const char *bytes)
 {
     struct process *p = find(f->id);
@@ -629,6 +644,7 @@ static void on_frame(const struct frame *f, const char *bytes)
     case H_ADOPT:
     case H_FUSE_MOUNT: put_off(f, bytes, f->length); break;
     case H_FUSE_REPLY: on_fuse_reply(f, bytes); break;
+    case H_FUSE_DROP: on_fuse_drop(f); break;
     case H_SHUTDOWN: on_shutdown(f, bytes); break;
     default: say("a frame of unknown type %u", f->type);
     }
@@ -680,7 +696,7 @@ static void prepare(void)
         abort();
 }
 
-static struct pollfd set[4 * PROCESSES_MAX + 64];
+static struct pollfd set[4 * PROCESSES_MAX + 2048];
 static unsigned set_size;
 
 int want(int fd, short events)

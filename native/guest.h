@@ -32,6 +32,7 @@ short got(int at);
 
 void on_fuse_mount(const struct frame *f, const char *bytes, size_t size);
 void on_fuse_reply(const struct frame *f, const char *bytes);
+void drop_mount(uint32_t id);
 void on_read(const struct frame *f, const char *bytes);
 
 /* The host's bytes come by a disk instead (guest_ring.c); the channel then only says how many. */

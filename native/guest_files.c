@@ -23,14 +23,14 @@ void on_fuse_mount(const struct frame *f, const char *bytes, size_t size)
     int fd = open("/dev/fuse", O_RDWR | O_CLOEXEC | O_NONBLOCK);
     if (!more || bytes[size - 1] || fd < 0) {
         refuse(f->id, fd < 0 ? errno : EINVAL, "/dev/fuse");
-        setup_failed = 1;
+        setup_failed |= f->id < FIRST_CLIENT_ID;
         close_fd(&fd);
         return;
     }
     snprintf(options, sizeof options, "fd=%d,rootmode=40000,user_id=0,group_id=0,%s", fd, more + 1);
     if (mount("bulkhead", target, "fuse", MS_NODEV, options)) {
         refuse(f->id, errno, target);
-        setup_failed = 1;
+        setup_failed |= f->id < FIRST_CLIENT_ID;
         close(fd);
         return;
     }
@@ -92,6 +92,18 @@ void serve_mounts(void)
     for (struct mountpoint *m = mountpoints; m; m = m->next)
         if (got(m->at))
             read_fuse(m);
+}
+
+void drop_mount(uint32_t id)
+{
+    for (struct mountpoint **at = &mountpoints, *m; (m = *at); at = &m->next)
+        if (m->id == id) {
+            *at = m->next;
+            close_fd(&m->fd);
+            buffer_free(&m->reply);
+            free(m);
+            return;
+        }
 }
 
 void drop_mounts(void)

@@ -9,6 +9,8 @@
  *   bulkhead-guest connect ADDRESS PORT           a TCP connection from inside, at the standard streams
  *   bulkhead-guest ps                             processes of the workload
  *
+ * BULKHEAD_BASE and BULKHEAD_GROUP say where a member of a pod has its layers and its control group.
+ *
  * The monitor's clients run it (RUN) in init's namespaces. ROOT is a path, or "main": the root of the
  * process that descriptor 100 (a pidfd) is of. Paths are opened with RESOLVE_IN_ROOT and used by
  * descriptor, as in engine/archive.py: a workload cannot lead us out of its own root.
@@ -40,7 +42,6 @@
 #define PATH_ROOM 8192u
 #define XATTRS_MAX (256u << 10)
 #define MAIN_FD 100
-#define GROUP_FREEZE "/sys/fs/cgroup/workload/cgroup.freeze"
 
 enum entry_flags { OPAQUE = 1, HARD = 2 };
 enum end_kind { END_ERRNO = 0, END_OVER_DIRECTORY, END_OVER_FILE, END_ESCAPE };
@@ -423,11 +424,19 @@ static void put(const char *top, int keep_kinds)
 
 /* --- layers ------------------------------------------------------------------------------------ */
 
+static int open_of_group(const char *name, int flags)
+{
+    char path[256];
+    const char *group = getenv("BULKHEAD_GROUP");
+    snprintf(path, sizeof path, "%s/%s", group ? group : "/sys/fs/cgroup/workload", name);
+    return open(path, flags | O_CLOEXEC);
+}
+
 static void set_frozen(const char *value)
 {
-    int fd = open(GROUP_FREEZE, O_WRONLY | O_CLOEXEC);
+    int fd = open_of_group("cgroup.freeze", O_WRONLY);
     if (fd >= 0 && write(fd, value, 1) < 0)
-        say("%s: %s", GROUP_FREEZE, strerror(errno));
+        say("cgroup.freeze: %s", strerror(errno));
     close_fd(&fd);
 }
 
@@ -453,7 +462,7 @@ static void freeze(void)
     close(pair[0]);
     set_frozen("1");
     for (int tries = 0; tries < 2000 && !frozen; tries++) {
-        int fd = open("/sys/fs/cgroup/workload/cgroup.events", O_RDONLY | O_CLOEXEC);
+        int fd = open_of_group("cgroup.events", O_RDONLY);
         ssize_t n = fd < 0 ? -1 : read(fd, events, sizeof events - 1);
         close_fd(&fd);
         if (n < 0)
@@ -608,9 +617,12 @@ int tool_main(int argc, char **argv)
         with_contents = atoi(argv[2]);
         if (atoi(argv[3]))
             freeze();
-        int fd = open("/upper/upper", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        char upper[256];
+        const char *base = getenv("BULKHEAD_BASE");
+        snprintf(upper, sizeof upper, "%s/upper/upper", base ? base : "");
+        int fd = open(upper, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
         if (fd < 0)
-            end(END_ERRNO, errno, "/upper/upper");
+            end(END_ERRNO, errno, upper);
         put_directory(fd);
     } else if (!strcmp(verb, "export") && argc == 3)
         export_union(argv[2]);

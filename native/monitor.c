@@ -19,8 +19,10 @@
  *       --window N      at most N bytes that the guest has not told to have read (TAKEN): for
  *                       user-mode-linux, whose serial line is dead once it was too full
  *       Signals are passed on to the main process, 63 as SIGKILL.
- *   bulkhead-monitor exec --socket PATH [--frames FILE] [--report PATH]
+ *   bulkhead-monitor exec --socket PATH|--channel N [--member] [--frames FILE] [--report PATH]
  *       Runs one more process: hands its own standard streams to the monitor, ends as it does.
+ *       With --channel that socket is connected already; with --member MEMBER was sent on it: the
+ *       farewell is waited for.
  *
  * The guest is hostile: what it sends is bounded by credits, and a frame out of place ends it.
  */
@@ -42,17 +44,18 @@
 
 struct options options = {.boot_seconds = 120, .window = LONG_MAX};
 size_t under_way;
-struct buffer script, to_guest, to_files;
+struct buffer script, to_guest;
+struct server *servers;
 static struct buffer last_words;
 struct client *clients;
 struct process *processes, *main_process;
 struct request *requests;
 enum stage stage;
 static pid_t vmm;
-int guest = -1, files = -1, listener = -1, report = -1;
+int guest = -1, listener = -1, report = -1;
 static int signals = -1, console = -1;
 static int vmm_ended, late, exit_code = FAILED_CODE;
-unsigned client_count, request_count, process_count;
+unsigned client_count, request_count, process_count, server_count;
 uint64_t deadline;
 static char console_tail[16384];
 #define LAST_WORDS 1024u /* of the console, in the report of a failure */
@@ -252,7 +255,7 @@ static void start_vmm(void)
 
 /* --- the loop ----------------------------------------------------------------------------------- */
 
-static struct pollfd set[3 * PROCESSES_MAX + CLIENTS_MAX + 8];
+static struct pollfd set[3 * PROCESSES_MAX + CLIENTS_MAX + SERVERS_MAX + 8];
 static unsigned set_size;
 
 static int want(int fd, int wanted, short events)
@@ -314,8 +317,10 @@ static void settle(int expired)
         next = p->next;
         if (!p->exited || !flushed(p))
             continue;
-        if (p->owner && !p->told)
+        if (p->owner && !p->told) {
             send_packet(p->owner->fd, G_EXITED, p->owner_id, p->status, NULL, 0);
+            p->owner->left = 1;
+        }
         p->told = 1;
         if (p == main_process) {
             if (stage != ENDING && (streams_ended(p) || (late && !deadline) || guest < 0))
@@ -327,6 +332,8 @@ static void settle(int expired)
         next = c->next;
         if (c->dead)
             forget_client(c);
+        else if (c->member)
+            say_farewell(c);
     }
     if (guest < 0 && stage == ENDING)
         leave("exited", "");
@@ -348,12 +355,11 @@ static void wait_for_events(void)
     uint64_t now = now_ms(CLOCK_MONOTONIC);
     set_size = 0;
     want(signals, 1, POLLIN);
-    want(guest, 1, (short)((buffer_size(&to_files) < FILES_FULL ? POLLIN : 0) | (may_write_guest() ? POLLOUT : 0)));
+    want(guest, 1, (short)((files_full() ? 0 : POLLIN) | (may_write_guest() ? POLLOUT : 0)));
     if (guest < 0)
         set[set_size++] = (struct pollfd){-1, 0, 0};
-    want(files, 1, (short)((space ? POLLIN : 0) | (buffer_size(&to_files) ? POLLOUT : 0)));
-    if (files < 0)
-        set[set_size++] = (struct pollfd){-1, 0, 0};
+    for (struct server *s = servers; s; s = s->next)
+        s->at = want(s->fd, 1, (short)((space ? POLLIN : 0) | (buffer_size(&s->to) ? POLLOUT : 0)));
     int at_console = want(console, 1, POLLIN), at_listener = want(listener, client_count < CLIENTS_MAX, POLLIN);
     for (struct client *c = clients; c; c = c->next)
         c->at = want(c->fd, space, POLLIN);
@@ -375,7 +381,7 @@ static void wait_for_events(void)
 static void serve(void)
 {
     wait_for_events();
-    short on_signal = set[0].revents, on_guest = set[1].revents, on_files = set[2].revents;
+    short on_signal = set[0].revents, on_guest = set[1].revents;
     for (struct process *p = processes; p; p = p->next) {
         if (got(p->at_in))
             read_input(p);
@@ -392,10 +398,13 @@ static void serve(void)
         write_guest();
     if (on_guest & (POLLIN | POLLHUP | POLLERR))
         read_guest();
-    if (on_files & POLLOUT && buffer_flush(&to_files, files))
-        fail("the file server ended");
-    if (on_files & (POLLIN | POLLHUP | POLLERR))
-        read_files();
+    for (struct server *s = servers, *next; s; s = next) {
+        next = s->next;
+        if (got(s->at) & POLLOUT)
+            flush_files(s);
+        else if (got(s->at))
+            read_files(s);
+    }
     if (on_signal)
         on_signals();
     settle(deadline && now_ms(CLOCK_MONOTONIC) >= deadline);
@@ -410,12 +419,8 @@ static _Noreturn void run_main(void)
     learn_script();
     if (main_process->mode == MODE_TERMINAL)
         make_raw(main_process->in);
-    if (options.files)
-        files = connect_to(options.files, SOCK_STREAM, 30);
-    else if (options.files_fd)
-        files = atoi(options.files_fd);
-    if (files >= 0 && (no_block(files) || fcntl(files, F_SETFD, FD_CLOEXEC)))
-        fail("the file server's socket: %s", strerror(errno));
+    if (options.files || options.files_fd)
+        add_server(options.files ? connect_to(options.files, SOCK_STREAM, 30) : atoi(options.files_fd), NULL);
     if (options.ring)
         open_ring(options.ring);
     if (options.socket)
@@ -431,7 +436,7 @@ static _Noreturn void run_main(void)
 static _Noreturn void usage(void)
 {
     dprintf(2, "usage: bulkhead-monitor run [OPTION...] -- VMM [ARGUMENT...]\n"
-               "       bulkhead-monitor exec --socket PATH [--frames FILE] [--report PATH]\n");
+               "       bulkhead-monitor exec --socket PATH|--channel N [--member] [--frames FILE] [--report PATH]\n");
     exit(FAILED_CODE);
 }
 
@@ -439,7 +444,7 @@ int main(int argc, char **argv)
 {
     const struct { const char *name, **value; } texts[] = {
         {"--frames", &options.frames}, {"--socket", &options.socket}, {"--report", &options.report},
-        {"--files", &options.files}, {"--files-fd", &options.files_fd}, {"--ring", &options.ring}, {"--detail", &options.detail}};
+        {"--files", &options.files}, {"--files-fd", &options.files_fd}, {"--ring", &options.ring}, {"--detail", &options.detail}, {"--channel", &options.channel}};
     const char *seconds = NULL, *window = NULL;
     int i = 2;
     for (; i < argc && strcmp(argv[i], "--"); i++) {
@@ -451,6 +456,8 @@ int main(int argc, char **argv)
                 value = texts[k].value;
         if (!strcmp(argv[i], "--clone"))
             options.clone = 1;
+        else if (!strcmp(argv[i], "--member"))
+            options.member = 1;
         else if (!strcmp(argv[i], "--resume"))
             options.clone = options.resume = 1;
         else if (!value || i + 1 >= argc)
@@ -462,8 +469,8 @@ int main(int argc, char **argv)
     if (window && (options.window = strtol(window, NULL, 10)) < 1)
         usage();
     options.vmm = argv + i + 1;
-    if (argc > 2 && !strcmp(argv[1], "exec") && options.socket)
-        return exec_main(options.socket, options.frames, options.report);
+    if (argc > 2 && !strcmp(argv[1], "exec") && (options.socket || options.channel))
+        return exec_main(&options);
     if (argc < 3 || strcmp(argv[1], "run") || i + 1 >= argc)
         usage();
     run_main();

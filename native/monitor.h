@@ -18,12 +18,23 @@
 #define VMM_CHANNEL 9
 #define RING (512u << 10) /* bytes of the ring */
 #define BELLS_MAX 64u
+#define SERVERS_MAX 33u
 
 enum stage { BOOTING, GREETING, RUNNING, ENDING };
 
 struct output { int fd, ended, at; struct buffer bytes; uint32_t unacked, flushed; };
 
-struct client { int fd, dead, at, fds[3], nfds; struct buffer run; struct client *next; };
+/* A client that has sent MEMBER stays known until its farewell is answered. `lock` is open until then. */
+struct client {
+    int fd, dead, at, fds[3], nfds, member, left, lock;
+    uint32_t farewell_id;
+    struct buffer run, farewell;
+    struct server *server;
+    struct client *next;
+};
+
+/* A file server: the script's own (no owner), or a member's, whose mounts have ids of its own. */
+struct server { int fd, at; struct client *owner; struct buffer to, from; struct server *next; };
 
 struct process {
     uint32_t id, owner_id, mode, in_credit, status, oom_kills;
@@ -34,21 +45,22 @@ struct process {
 };
 
 /* An answer that is expected: to a set-up program, a mount, or a client's READ. */
-struct request { uint32_t id, owner_id; int is_mount, done; struct client *owner; struct request *next; };
+struct request { uint32_t id, owner_id; int is_mount, done, dropped /* answers that are awaited since */; struct client *owner; struct server *server; struct request *next; };
 
 /* --- state, in monitor.c --- */
 
-struct options { const char *frames, *socket, *report, *files, *files_fd, *ring, *detail; int clone, resume; long boot_seconds, window; char **vmm; };
+struct options { const char *frames, *socket, *report, *files, *files_fd, *ring, *detail, *channel; int clone, resume, member; long boot_seconds, window; char **vmm; };
 
 extern struct options options;
 extern size_t under_way; /* bytes the guest has not told to have read */
-extern struct buffer script, to_guest, to_files;
+extern struct buffer script, to_guest;
+extern struct server *servers;
 extern struct client *clients;
 extern struct process *processes, *main_process;
 extern struct request *requests;
 extern enum stage stage;
-extern int guest, files, listener, report;
-extern unsigned client_count, process_count, request_count;
+extern int guest, listener, report;
+extern unsigned client_count, process_count, request_count, server_count;
 extern uint64_t deadline; /* of the stage, or for the streams' ends; 0: none */
 
 /* End with what is known; the VMM is killed. */
@@ -63,6 +75,7 @@ void report_refusal(int fd, uint32_t id, int error, const char *text);
 
 struct process *add_process(uint32_t id, uint32_t mode, const int *fds);
 struct request *add_request(uint32_t id, struct client *owner, uint32_t owner_id, int is_mount);
+struct server *add_server(int fd, struct client *owner);
 void free_process(struct process *p);
 void flush_output(struct process *p, int i);
 void read_input(struct process *p);
@@ -72,7 +85,10 @@ void read_guest(void);
 void write_guest(void);
 int may_write_guest(void);
 void open_ring(const char *path);
-void read_files(void);
+void read_files(struct server *s);
+void flush_files(struct server *s);
+int files_full(void);
+void say_farewell(struct client *c);
 void read_client(struct client *c);
 void accept_client(void);
 void forget_client(struct client *c);
@@ -101,7 +117,7 @@ void make_raw(int fd);
 /* Everything in `path`, or in descriptor 10. */
 void read_frames(const char *path, struct buffer *into);
 
-int exec_main(const char *socket, const char *frames, const char *report);
+int exec_main(const struct options *given);
 
 void put_json(FILE *file, const char *text, size_t size);
 

@@ -13,6 +13,8 @@
 #include <sys/wait.h>
 #include <termios.h>
 
+#define FAREWELL_MS 20000
+
 uint64_t now_ms(clockid_t clock)
 {
     struct timespec t;
@@ -135,21 +137,23 @@ static void on_signals(int signals, int fd, uint32_t id)
         if (info.ssi_signo == SIGWINCH)
             send_size(fd, id);
         else if (info.ssi_signo != SIGCHLD && info.ssi_signo != SIGPIPE)
-            send_packet(fd, H_SIGNAL, id, info.ssi_signo, NULL, 0);
+            send_packet(fd, H_SIGNAL, id, info.ssi_signo == KILL_SIGNAL ? SIGKILL : info.ssi_signo, NULL, 0);
 }
 
-/* One packet of the monitor; -1, or the code to end with. */
-static int on_packet(int fd, int *reporter)
+/* One packet of the monitor; -1, or the code to end with. A member's guest may end under it. */
+static int on_packet(int fd, int *reporter, int member)
 {
     static char packet[sizeof(struct frame) + FRAME_MAX];
     struct frame f;
     ssize_t n = recv(fd, packet, sizeof packet, 0);
+    if (n < (ssize_t)sizeof f && member && *reporter < 0)
+        return 128 + SIGKILL;
     if (n < (ssize_t)sizeof f)
         fail("the guest's monitor has ended");
     memcpy(&f, packet, sizeof f);
     switch (f.type) {
     case G_STARTED:
-        send_packet(*reporter, G_STARTED, f.id, f.arg, NULL, 0);
+        send_packet(*reporter, G_STARTED, f.id, f.arg, packet + sizeof f, (size_t)n - sizeof f);
         close_fd(reporter);
         send_size(fd, f.id);
         return -1;
@@ -163,17 +167,30 @@ static int on_packet(int fd, int *reporter)
     }
 }
 
-int exec_main(const char *path, const char *file, const char *report_path)
+/* The monitor undoes a member's set-up when its process has ended: until then its disk is in use. */
+static void await_farewell(int fd)
+{
+    char packet[sizeof(struct frame) + 4096];
+    struct pollfd set = {fd, POLLIN, 0};
+    struct frame f = {0};
+    while (poll(&set, 1, FAREWELL_MS) > 0 && recv(fd, packet, sizeof packet, 0) >= (ssize_t)sizeof f) {
+        memcpy(&f, packet, sizeof f);
+        if (f.type == G_DONE || f.type == G_FAILED)
+            return;
+    }
+}
+
+int exec_main(const struct options *given)
 {
     struct buffer frames = {0};
     struct frame f;
     const char *bytes;
-    read_frames(file, &frames);
+    read_frames(given->frames, &frames);
     if (frame_peek(&frames, &f, &bytes) <= 0)
         fail("the frames: not one RUN");
     int signals = catch_signals(), code = -1;
-    int reporter = report_path ? connect_to(report_path, SOCK_SEQPACKET, 10) : -1;
-    int fd = connect_to(path, SOCK_SEQPACKET, 10);
+    int reporter = given->report ? connect_to(given->report, SOCK_SEQPACKET, 10) : -1;
+    int fd = given->channel ? atoi(given->channel) : connect_to(given->socket, SOCK_SEQPACKET, 10);
     make_raw(0);
     send_run(fd, &frames);
     /* The monitor has them now; 2 stays for messages and for a terminal's size. */
@@ -187,7 +204,9 @@ int exec_main(const char *path, const char *file, const char *report_path)
         if (set[1].revents)
             on_signals(signals, fd, f.id);
         if (set[0].revents)
-            code = on_packet(fd, &reporter);
+            code = on_packet(fd, &reporter, given->member);
     }
+    if (given->member)
+        await_farewell(fd);
     return code;
 }

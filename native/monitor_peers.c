@@ -13,7 +13,7 @@
 #include <sys/random.h>
 #include <sys/socket.h>
 
-static struct buffer from_guest, from_files;
+static struct buffer from_guest;
 static struct hello greeting;
 static uint32_t next_id = FIRST_CLIENT_ID;
 static int ring = -1;      /* the file of native/guest_ring.c */
@@ -67,6 +67,52 @@ struct request *add_request(uint32_t id, struct client *owner, uint32_t owner_id
     requests = r;
     request_count++;
     return r;
+}
+
+struct server *add_server(int fd, struct client *owner)
+{
+    if (no_block(fd) || fcntl(fd, F_SETFD, FD_CLOEXEC))
+        fail("the file server's socket: %s", strerror(errno));
+    struct server *s = need(calloc(1, sizeof *s));
+    *s = (struct server){.fd = fd, .at = -1, .owner = owner, .next = servers};
+    servers = s;
+    server_count++;
+    for (struct request *r = requests; r && !owner; r = r->next)
+        if (r->is_mount)
+            r->server = s;
+    return s;
+}
+
+/* Requests of its mounts are not passed on any more; the guest is told to fail them. */
+static void free_server(struct server *s)
+{
+    struct server **at = &servers;
+    while (*at != s)
+        at = &(*at)->next;
+    *at = s->next;
+    for (struct request *r = requests; r; r = r->next)
+        if (r->server == s) {
+            r->server = NULL;
+            r->owner = NULL;
+            r->dropped = r->done ? 1 : 2;
+            r->done = 0;
+            frame_add(&to_guest, H_FUSE_DROP, r->id, 0, NULL, 0);
+        }
+    if (s->owner)
+        s->owner->server = NULL;
+    close(s->fd);
+    buffer_free(&s->to);
+    buffer_free(&s->from);
+    free(s);
+    server_count--;
+}
+
+int files_full(void)
+{
+    for (struct server *s = servers; s; s = s->next)
+        if (buffer_size(&s->to) >= FILES_FULL)
+            return 1;
+    return 0;
 }
 
 static void free_request(struct request *r)
@@ -178,8 +224,8 @@ static void on_started(struct process *p, const struct frame *f)
     if (!p || p->started)
         fail("the guest broke the protocol: no such process was to start");
     p->started = 1;
-    if (p->owner)
-        send_packet(p->owner->fd, G_STARTED, p->owner_id, f->arg, NULL, 0);
+    if (p->owner) /* with the id by which others may name it (a RUN's context) */
+        send_packet(p->owner->fd, G_STARTED, p->owner_id, f->arg, &p->id, sizeof p->id);
     if (p != main_process)
         return;
     send_packet(report, G_STARTED, p->id, f->arg, NULL, 0);
@@ -213,19 +259,25 @@ static void on_failed(struct process *p, struct request *r, const struct frame *
     }
     if (p)
         free_process(p);
-    else
+    else if (!r->dropped || !--r->dropped)
         free_request(r);
 }
+
+static void end_farewell(struct client *c);
 
 static void on_answer(struct request *r, const struct frame *f, const char *bytes)
 {
     if (!r || r->done)
         fail("the guest broke the protocol: an answer to nothing");
-    if (r->owner)
-        send_packet(r->owner->fd, f->type, r->owner_id, f->arg, bytes, f->length);
-    r->done = 1;
-    if (!r->is_mount)
+    struct client *owner = r->owner;
+    if (owner)
+        send_packet(owner->fd, f->type, r->owner_id, f->arg, bytes, f->length);
+    if (owner && owner->farewell_id == f->id)
+        end_farewell(owner);
+    if (r->dropped ? !--r->dropped : !r->is_mount)
         free_request(r);
+    else
+        r->done = !r->dropped;
 }
 
 static void on_credit(struct process *p, const struct frame *f)
@@ -239,10 +291,12 @@ static void on_fuse(struct request *r, const struct frame *f, const char *bytes)
 {
     if (!r || !r->is_mount)
         fail("the guest broke the protocol: a request to no mount");
-    if (files < 0)
+    struct frame known = *f;
+    if (!r->server)
         return;
-    buffer_add(&to_files, f, sizeof *f);
-    buffer_add(&to_files, bytes, f->length);
+    known.id = r->owner_id ? r->owner_id : r->id;
+    buffer_add(&r->server->to, &known, sizeof known);
+    buffer_add(&r->server->to, bytes, f->length);
 }
 
 void greet(void)
@@ -388,24 +442,48 @@ void open_ring(const char *path)
         fail("%s: %s", path, strerror(errno));
 }
 
-/* --- the file server --------------------------------------------------------------------------- */
+/* --- file servers ------------------------------------------------------------------------------ */
 
-void read_files(void)
+/* A member's takes the member along, the script's everything. */
+static void lose_server(struct server *s)
+{
+    if (!s->owner)
+        fail("the file server ended");
+    s->owner->dead = 1;
+    free_server(s);
+}
+
+void flush_files(struct server *s)
+{
+    if (buffer_flush(&s->to, s->fd))
+        lose_server(s);
+}
+
+void read_files(struct server *s)
 {
     struct frame f;
     const char *bytes;
-    int whole;
-    ssize_t n = buffer_read(&from_files, files, 2 * FRAME_MAX);
+    int whole = 0;
+    ssize_t n = buffer_read(&s->from, s->fd, 2 * FRAME_MAX);
     if (n < 0 && errno == EAGAIN)
         return;
-    while (n > 0 && (whole = frame_peek(&from_files, &f, &bytes)) > 0) {
-        if (f.type != H_FUSE_REPLY || !find_request(f.id))
-            fail("the file server sent a frame of type %u", f.type);
-        buffer_add(&to_guest, from_files.bytes + from_files.start, sizeof f + f.length);
-        buffer_take(&from_files, sizeof f + f.length);
+    while (n > 0 && (whole = frame_peek(&s->from, &f, &bytes)) > 0) {
+        struct request *r = requests;
+        while (r && (r->server != s || (r->owner_id ? r->owner_id : r->id) != f.id))
+            r = r->next;
+        if (f.type != H_FUSE_REPLY || !r) {
+            if (!s->owner)
+                fail("the file server sent a frame of type %u", f.type);
+            whole = -1;
+            break;
+        }
+        f.id = r->id;
+        buffer_add(&to_guest, &f, sizeof f);
+        buffer_add(&to_guest, bytes, f.length);
+        buffer_take(&s->from, sizeof f + f.length);
     }
     if (n <= 0 || whole < 0)
-        fail("the file server ended");
+        lose_server(s);
 }
 
 /* --- clients ----------------------------------------------------------------------------------- */
@@ -444,10 +522,91 @@ static void on_client_run(struct client *c, const struct frame *f)
     buffer_free(&c->run);
 }
 
+static int has_process(const struct client *c)
+{
+    const struct process *p = processes;
+    while (p && (p->owner != c || p->exited))
+        p = p->next;
+    return p != NULL;
+}
+
+/* It becomes a member: descriptors are what is locked until its farewell, and maybe a file server. */
+static void on_client_member(struct client *c, const struct frame *f, const char *bytes)
+{
+    if (c->member || !f->id || buffer_size(&c->farewell) + f->length > MESSAGE_MAX || stage != RUNNING
+        || (!(f->flags & FLAG_MORE) && (c->nfds < 1 || server_count == SERVERS_MAX))) {
+        c->dead = 1;
+        return;
+    }
+    buffer_add(&c->farewell, bytes, f->length);
+    if (f->flags & FLAG_MORE)
+        return;
+    c->member = (int)f->id;
+    c->lock = c->fds[0];
+    if (c->nfds > 1)
+        c->server = add_server(c->fds[1], c);
+    if (c->nfds > 2)
+        close(c->fds[2]);
+    c->nfds = 0;
+    send_packet(c->fd, G_DONE, f->id, 0, NULL, 0);
+}
+
+/* When it has gone, or all that it had run has ended: what undoes its set-up. */
+void say_farewell(struct client *c)
+{
+    if (c->farewell_id || has_process(c) || (!c->left && c->fd >= 0))
+        return;
+    c->farewell_id = new_id();
+    add_request(c->farewell_id, c, (uint32_t)c->member, 0);
+    frame_add(&to_guest, H_RUN, c->farewell_id, 0, c->farewell.bytes + c->farewell.start, buffer_size(&c->farewell));
+}
+
+static void free_client(struct client *c)
+{
+    struct client **at = &clients;
+    while (*at != c)
+        at = &(*at)->next;
+    *at = c->next;
+    for (int i = 0; i < c->nfds; i++)
+        close(c->fds[i]);
+    buffer_free(&c->run);
+    buffer_free(&c->farewell);
+    close_fd(&c->fd);
+    free(c);
+    client_count--;
+}
+
+/* Nothing of the member is left in the guest. Had it failed, the lock would be kept. */
+static void end_farewell(struct client *c)
+{
+    if (c->server)
+        free_server(c->server);
+    for (struct process *p = processes; p; p = p->next)
+        if (p->owner == c)
+            p->owner = NULL;
+    for (struct request *r = requests; r; r = r->next)
+        if (r->owner == c)
+            r->owner = NULL;
+    close_fd(&c->lock);
+    c->member = 0;
+    if (c->fd < 0)
+        c->dead = 1;
+}
+
 static void on_client_frame(struct client *c, const struct frame *f, const char *bytes)
 {
     struct process *p = processes;
     switch (f->type) {
+    case H_MEMBER: on_client_member(c, f, bytes); return;
+    case H_FUSE_MOUNT:
+        if (!c->server || !f->id || stage != RUNNING || request_count >= REQUESTS_MAX)
+            report_refusal(c->fd, f->id, EAGAIN, "the monitor cannot mount that now");
+        else {
+            struct request *r = add_request(new_id(), c, f->id, 1);
+            r->server = c->server;
+            frame_add(&to_guest, H_FUSE_MOUNT, r->id, 0, bytes, f->length);
+        }
+        return;
     case H_RUN:
         if (buffer_size(&c->run) + f->length > MESSAGE_MAX) {
             c->dead = 1;
@@ -513,7 +672,7 @@ void accept_client(void)
         return;
     setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof size);
     struct client *c = need(calloc(1, sizeof *c));
-    *c = (struct client){.fd = fd, .at = -1, .next = clients};
+    *c = (struct client){.fd = fd, .at = -1, .lock = -1, .next = clients};
     clients = c;
     client_count++;
 }
@@ -523,7 +682,8 @@ void forget_client(struct client *c)
 {
     for (struct process *p = processes; p; p = p->next)
         if (p->owner == c) {
-            p->owner = NULL;
+            if (!c->member)
+                p->owner = NULL;
             close_fd(&p->in);
             close_fd(&p->out[0].fd);
             close_fd(&p->out[1].fd);
@@ -532,17 +692,15 @@ void forget_client(struct client *c)
             if (!p->exited)
                 frame_add(&to_guest, H_SIGNAL, p->id, SIGKILL, NULL, 0);
         }
+    if (c->member) { /* its farewell comes when they have ended; who waits for its files must not wait */
+        c->dead = 0;
+        close_fd(&c->fd);
+        if (c->server)
+            free_server(c->server);
+        return;
+    }
     for (struct request *r = requests; r; r = r->next)
         if (r->owner == c)
             r->owner = NULL;
-    struct client **at = &clients;
-    while (*at != c)
-        at = &(*at)->next;
-    *at = c->next;
-    for (int i = 0; i < c->nfds; i++)
-        close(c->fds[i]);
-    buffer_free(&c->run);
-    close(c->fd);
-    free(c);
-    client_count--;
+    free_client(c);
 }
