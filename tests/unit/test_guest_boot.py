@@ -18,6 +18,7 @@ from bulkhead.isolation.seccomp.compile import compile_filter, unknown_names
 from bulkhead.linux import elf
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.oci.runtime import CPU, Linux, Memory, Namespace, Pids, Process, Resources, Spec
+from tests.helpers.elf_files import relocatable
 
 
 @pytest.fixture
@@ -83,12 +84,15 @@ def test_an_initramfs_is_a_cpio_archive_and_made_once(home: Home, tmp_path: Path
     (tmp_path / "bulkhead-init").write_bytes(b"\x7fELF reaper")
     modules = _modules(tmp_path)
     files = [str(modules / name) for name in ("a.ko", "b.ko")]
+    small = relocatable([(".text", 1, b"code")])
+    for name in files:
+        Path(name).write_bytes(small)
     made = initramfs.build(home, str(init), files, early=files[:1])
     assert made.modules == ("/modules/a.ko", "/modules/b.ko")
     entries = _cpio(Path(made.path).read_bytes())
     assert entries["init"] == (0o100755, b"\x7fELF init")
     assert entries["bulkhead-init"] == (0o100755, b"\x7fELF reaper")
-    assert entries["modules/b.ko"] == (0o100644, b"b")
+    assert entries["modules/b.ko"] == (0o100644, small)
     assert entries["modules/order"][1] == b"/modules/a.ko\n"
     assert entries["dev/console"][0] == 0o020600
     assert initramfs.build(home, str(init), files, early=files[:1]) == made

@@ -230,11 +230,16 @@ def _spec(bundle: Bundle, jail: Jail) -> Spec:
 
 def with_files(bundle: Bundle, jail: Jail) -> Jail:
     """With room for the file server, which keeps some 150 bytes for each file the guest knows."""
-    own = f"{bundle.directory}/"
-    if not any(mounts.is_bind(m) and not m.source.startswith(own) for m in bundle.spec.mounts):
+    if not has_files(bundle):
         return jail
     more = _FILES_BYTES + jail.guest_bytes // 6
     return replace(jail, overhead_bytes=jail.overhead_bytes + more, tasks=jail.tasks + 1)
+
+
+def has_files(bundle: Bundle) -> bool:
+    """Whether the workload has binds other than the engine's own small files."""
+    own = f"{bundle.directory}/"
+    return any(mounts.is_bind(m) and not m.source.startswith(own) for m in bundle.spec.mounts)
 
 
 def isolated(linux: Linux) -> list[Namespace]:

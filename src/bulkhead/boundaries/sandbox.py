@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bulkhead.boundaries import sandbox_syscalls
-from bulkhead.boundaries.guest import disks, initramfs, kernels, plan
+from bulkhead.boundaries.guest import disks, initramfs, kernels, plan, trim
 from bulkhead.boundaries.guest.instance import (
     MONITOR,
     OPTIONAL,
@@ -20,7 +20,7 @@ from bulkhead.boundaries.guest.instance import (
     Prepared,
     native_program,
 )
-from bulkhead.boundaries.jail import Jail, JailRoot, uid_of
+from bulkhead.boundaries.jail import Jail, JailRoot, has_files, uid_of
 from bulkhead.boundary.registry import GVISOR, Services
 from bulkhead.boundary.seam import Bundle, Instance, Missing, Report
 from bulkhead.errors import BulkheadError, Invalid, Unsupported
@@ -33,6 +33,8 @@ INITRAMFS = "/boot/initramfs"
 IPV6 = "ipv6"
 """A module of user-mode-linux, loaded where it is needed."""
 MODULES = ("erofs", "overlay", "fuse")
+_FUSE = "/fuse."
+"""Loaded where it is needed: each page of a module is a system call of the kernel."""
 CHANNEL_FD = 9
 FIRST_TAP_FD = 11
 DISKS = 16
@@ -41,6 +43,9 @@ DEFAULT_MEMORY = 512 << 20
 MINIMUM_MEMORY = 32 << 20
 OVERHEAD = 64 << 20
 _TASKS = 24
+_NOT_BEGUN = "raid6_select_algo,init_jfs_fs,init_zswap"
+"""Parts of the kernel that take time or memory at every boot and that no workload has: the choice
+between algorithms for RAID 6, JFS with its tables, compressed swap without a swap."""
 RING = "/tmp/ring"
 """What goes to the guest goes through this file, its last disk: the serial line is slow to read,
 and once it has been full (4 KiB) it stays dead."""
@@ -145,7 +150,10 @@ class SandboxBoundary(GuestBoundary):
         )
         root = self.roots.make(
             "sandbox",
-            {PROGRAM: kernel.path, MONITOR: native_program("bulkhead-monitor")},
+            {
+                PROGRAM: trim.kernel(self.home, kernel.path),
+                MONITOR: native_program("bulkhead-monitor"),
+            },
             {INITRAMFS: ramdisk.path, "/proc/cpuinfo": _processor()},
         )
         files = [(path, False) for path in layers] + [(disk, True), *volumes.files]
@@ -153,13 +161,21 @@ class SandboxBoundary(GuestBoundary):
         args = _arguments(bundle, shape, [writable for _, writable in files])
         made = dataclasses.replace(shape, root=root, disks=files, args=args)
         machine = plan.Machine(
-            modules=ramdisk.modules,
+            modules=tuple(one for one in ramdisk.modules if _FUSE not in one or _files(bundle)),
             layers=tuple(_device(number) for number in range(len(layers))),
             upper=_device(len(layers)),
             interfaces=tuple(f"vec{number}" for number in range(len(bundle.nics))),
             sources=volumes.sources,
         )
         return Prepared(made, machine, ("--ring", RING))
+
+
+def _files(bundle: Bundle) -> bool:
+    """Whether the guest is to know FUSE: for files of the host, or because it may mount any."""
+    process = bundle.spec.process
+    granted = process.capabilities if process is not None else None
+    mounts = granted is not None and "CAP_SYS_ADMIN" in granted.effective
+    return mounts or has_files(bundle)
 
 
 def _device(number: int) -> str:
@@ -178,7 +194,7 @@ def _arguments(bundle: Bundle, shape: Jail, disks_: Sequence[bool]) -> list[str]
         "con=null", "con0=null,fd:1", "ssl=null", f"ssl0=fd:{CHANNEL_FD}",
         "BULKHEAD_GUEST_CHANNEL=/dev/ttyS0",
         # What takes time at boot and is of no use here.
-        "quiet", "pty.legacy_count=0", "initcall_blacklist=raid6_select_algo", "lpj=4000000",
+        "quiet", "pty.legacy_count=0", f"initcall_blacklist={_NOT_BEGUN}", "lpj=4000000",
         "random.trust_cpu=on",
     ]  # fmt: skip
     for number, writable in enumerate(disks_):

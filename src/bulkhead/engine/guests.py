@@ -108,6 +108,7 @@ async def rootfs(engine: "Engine", record: Record, base: Rootfs) -> Rootfs:
         layer_files=tuple(files),
         disk=f"{engine.home.workload(record.id)}/{_DISK}",
         disk_size=disk_size(record.host),
+        volatile=record.host.auto_remove and not record.building,
     )
 
 

@@ -17,8 +17,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bulkhead.boundaries.guest import trim
 from bulkhead.errors import Unsupported
 from bulkhead.home import Home
+from bulkhead.linux.elf import ElfError
 
 _MAGIC = b"070701"
 _CONSOLE = os.makedev(5, 1)
@@ -63,11 +65,12 @@ def build(home: Home, init: str, modules: Sequence[str], *, early: Sequence[str]
     Beside `init` there is the program of --init (bulkhead-init), which is its neighbour here too.
     Those also named in `early` are loaded by the init before it looks for its channel.
 
-    Compressed modules (.xz) are unpacked. Made once; later calls find it by a hash of the sources.
+    Compressed modules (.xz) are unpacked, what only debuggers read is left out. Made
+    once; later calls find it by a hash of the sources.
     """
     names = tuple(os.path.basename(path).removesuffix(".xz") for path in modules)
     reaper = f"{os.path.dirname(init)}/bulkhead-init"
-    key = hashlib.sha256(b"3")
+    key = hashlib.sha256(b"4")
     key.update("\0".join(early).encode())
     for path in (init, reaper, *modules):
         info = os.stat(path)
@@ -116,7 +119,10 @@ def _read(path: str) -> bytes:
 def _module(path: str) -> bytes:
     data = _read(path)
     if path.endswith(".xz"):
-        return lzma.decompress(data)
-    if not path.endswith(".ko"):
+        data = lzma.decompress(data)
+    elif not path.endswith(".ko"):
         raise Unsupported(f"{path}: a module in a compression that is not known here")
-    return data
+    try:
+        return trim.module(data)
+    except ElfError as error:
+        raise Unsupported(f"{path}: {error}") from error

@@ -30,7 +30,7 @@ UML = "uml"
 CLOUD = "cloud"
 _CLOUD_PACKAGE = "linux-image-cloud-amd64"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
-_RESERVED = frozenset({UML, GVISOR, "initramfs"})
+_RESERVED = frozenset({UML, GVISOR, "initramfs", "disks", "trimmed"})
 _UML_MODULES = "/usr/lib/uml/modules"
 _DOWNLOAD_S = 600
 
@@ -65,9 +65,9 @@ class Kernel:
         """
         if not self.modules:
             raise Unsupported(f"the kernel {self.name} has no modules; it needs {', '.join(names)}")
-        needs = _dependencies(f"{self.modules}/modules.dep")
-        by_name = {_module_name(path): path for path in needs}
-        builtin = _builtin(f"{self.modules}/modules.builtin")
+        needs, by_name, builtin = _catalogue(
+            self.modules, os.stat(f"{self.modules}/modules.dep").st_mtime_ns
+        )
         order: list[str] = []
 
         def add(path: str) -> None:
@@ -83,6 +83,16 @@ class Kernel:
             elif wanted not in builtin:
                 raise Unsupported(f"the kernel {self.name} ({self.release}) has no module {name}")
         return [f"{self.modules}/{path}" for path in order]
+
+
+@functools.lru_cache(maxsize=4)
+def _catalogue(
+    modules: str, stamp: int
+) -> tuple[dict[str, list[str]], dict[str, str], frozenset[str]]:
+    """Of the modules in that directory, as it was at `stamp`: needs, files by name, built in."""
+    needs = _dependencies(f"{modules}/modules.dep")
+    by_name = {_module_name(path): path for path in needs}
+    return needs, by_name, frozenset(_builtin(f"{modules}/modules.builtin"))
 
 
 def _module_name(path: str) -> str:
@@ -156,10 +166,10 @@ def _load(folder: str) -> Kernel:
 
 def find(home: Home, name: str) -> Kernel:
     """The kernel called `name`; NotFound says which there are, and how to get this one."""
+    found = _named(home, name)
+    if found is not None:
+        return found
     known = kernels(home)
-    for one in known:
-        if one.name == name:
-            return one
     if name == UML:
         raise Unsupported("user-mode-linux is not installed: apt-get install user-mode-linux")
     if name == GVISOR:
@@ -167,6 +177,14 @@ def find(home: Home, name: str) -> Kernel:
     hint = "bulkhead kernel pull cloud" if name == CLOUD else "bulkhead kernel add NAME FILE"
     names = ", ".join(one.name for one in known) or "none"
     raise NotFound(f"No such kernel: {name} (there are: {names}); {hint}")
+
+
+def _named(home: Home, name: str) -> Kernel | None:
+    if name in (UML, GVISOR):
+        return uml() if name == UML else gvisor()
+    folder = home.in_root("kernels", name)
+    known = _NAME.fullmatch(name) and os.path.exists(f"{folder}/kernel.json")
+    return _load(folder) if known else None
 
 
 def _check_name(name: str) -> None:

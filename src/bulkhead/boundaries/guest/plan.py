@@ -196,13 +196,19 @@ def start(
         parts.append(frames.fuse_mount(number, f"/shares/{number}", share.options))
     flags = main.clone_flags
     parts.append(frames.run(MAIN, program, mode, clone_flags=flags, rows=rows, columns=columns))
-    if machine.write_back:
+    if machine.write_back and _wanted_again(bundle, sources):
         parts.append(frames.shutdown(machine.poweroff, _unmounts(machine, sources)))
     return Planned(
         b"".join(parts),
         {SETUP: setup.steps, MAIN: main.compiled.steps},
         (*setup.listing, *main.compiled.listing),
     )
+
+
+def _wanted_again(bundle: Bundle, sources: Mapping[int, Source]) -> bool:
+    """Whether anything that the guest has written is to be read after its end."""
+    lasting = (one for one in sources.values() if isinstance(one, (Share, Disk)))
+    return not bundle.rootfs.volatile or any(lasting)
 
 
 def exec_(
