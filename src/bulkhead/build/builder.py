@@ -9,19 +9,27 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from bulkhead.build import attest, configure, keys, squash, transport
+from bulkhead.build import attest, configure, fetch, git, keys, outputs, squash, transport
 from bulkhead.build.cache import Cache
 from bulkhead.build.cache import Step as Remembered
 from bulkhead.build.host import Host
 from bulkhead.build.ignore import Ignore
 from bulkhead.build.instructions import Arg
-from bulkhead.build.options import Options
+from bulkhead.build.options import ENTITLEMENTS, Options
 from bulkhead.build.parser import Document, parse
 from bulkhead.build.report import Reporter, Sink, Step
 from bulkhead.build.stages import Stage, plan, unknown
 from bulkhead.build.steps import StageBuild, State
-from bulkhead.build.text import Spanned
-from bulkhead.build.trees import ArchiveTree, Digests, DirectoryTree, EmptyTree, Tree
+from bulkhead.build.text import Source, Spanned
+from bulkhead.build.trees import (
+    ArchiveTree,
+    Context,
+    Digests,
+    DirectoryTree,
+    EmptyTree,
+    Tree,
+    may_be_archive,
+)
 from bulkhead.errors import BulkheadError, Invalid, NotFound, Unavailable
 from bulkhead.images import assemble
 from bulkhead.images.catalog import Image, host_platform
@@ -32,6 +40,9 @@ from bulkhead.oci.reference import Reference
 from bulkhead.oci.reference import parse as parse_reference
 
 _MOST_STAGES = 256
+_KEEP = "BUILDKIT_CONTEXT_KEEP_GIT_DIR"
+_HEAD = 512
+_LARGEST = 4 << 20
 
 
 class Canceled(Unavailable):
@@ -67,6 +78,8 @@ class Builder:
         self.reporter = Reporter(sink)
         self.stop = threading.Event()
         self.epoch = options.epoch
+        self.inline = any(transport.is_inline(text) for text in options.cache_to)
+        """Whether the image's history names the keys of its layers, for others' --cache-from."""
         self.made: set[str] = set()
         """Keys of results that this build made or used."""
         self.bases: dict[tuple[str, str], Image] = {}
@@ -81,8 +94,15 @@ class Builder:
 
     # --- the whole
 
-    def run(self, context: int | None) -> Built:
-        """Build; `context` is the descriptor of a directory or of an archive's stream."""
+    def run(self, context: int | None, fds: Sequence[int] = ()) -> Built:
+        """Build; `context` is the descriptor of a directory or of an archive's stream.
+
+        `fds`: where the options' outputs go.
+        """
+        outputs.check(self.options.outputs, fds)
+        for name in self.options.allow:
+            if name not in ENTITLEMENTS:
+                raise Invalid(f"cannot allow {name!r}: there are {', '.join(ENTITLEMENTS)}")
         references = [self._reference(tag) for tag in self.options.tags]
         with contextlib.ExitStack() as undo:
             undo.enter_context(self.host.store.lease())
@@ -107,9 +127,11 @@ class Builder:
             for source in self.options.cache_from:
                 transport.load(self, source)
             state = self._stages()
-            built = self._finish(state, references)
+            built = self._finish(state, references, fds)
             for target in self.options.cache_to:
-                transport.save(self, target)
+                transport.save(self, target, state.layers)
+            if self.options.push:
+                self._push(references)
         return built
 
     def check(self) -> None:
@@ -126,9 +148,12 @@ class Builder:
     # --- context and file
 
     @contextlib.contextmanager
-    def _opened(self, context: int | None) -> Iterator[Tree]:
+    def _opened(self, context: int | None) -> Iterator[Context]:
         kind = self.options.context
-        if kind == "none" or context is None:
+        if kind == "remote":
+            with self._remote() as tree:
+                yield tree
+        elif kind == "none" or context is None:
             yield EmptyTree()
         elif kind == "directory":
             yield DirectoryTree(context, owners=False, digests=self._digests)
@@ -141,6 +166,55 @@ class Builder:
                 yield archive
             finally:
                 archive.close()
+
+    def fetcher(self) -> git.Fetcher:
+        """What checks git repositories out for this build."""
+        return git.Fetcher(
+            self.directory,
+            self.check,
+            agent=self.options.ssh.get("default", ""),
+            token=self.options.secrets.get(git.TOKEN, b""),
+        )
+
+    @contextlib.contextmanager
+    def _remote(self) -> Iterator[Context]:
+        """A context that the engine fetches: a repository, an archive, or a Dockerfile alone."""
+        url = self.options.remote
+        text = f"[internal] load remote build context {git.redacted(url)}"
+        step = self.reporter.step(text, stage=-1, text="", line=0)
+        with contextlib.ExitStack() as undo:
+            if git.is_git(url):
+                keep = self.options.args.get(_KEEP, "").lower() in ("1", "true")
+                place, _ = undo.enter_context(self.fetcher().checkout(git.parse(url), keep=keep))
+                fd = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                undo.callback(os.close, fd)
+                tree: Context = DirectoryTree(fd, owners=False)
+            else:
+                tree = undo.enter_context(self._downloaded(url))
+            step.done()
+            yield tree
+
+    @contextlib.contextmanager
+    def _downloaded(self, url: str) -> Iterator[Context]:
+        if not fetch.is_url(url):
+            raise Invalid(f"unable to prepare context: {url!r} is neither a git nor an HTTP URL")
+        at = Spanned(Source(url, (url,)), url)
+        file, _, _ = fetch.download(url, self.directory, "", at)
+        with file:
+            file.seek(0)
+            head = file.read(_HEAD)
+            file.seek(0)
+            if may_be_archive(head):
+                archive = ArchiveTree.read_from(_chunks(file.fileno()), self.directory)
+                archive.keeps_owners = False
+                with contextlib.closing(archive):
+                    yield archive
+                return
+            data = file.read(_LARGEST + 1)
+            if len(data) > _LARGEST:
+                raise Invalid(f"{url} is no archive, and too large for a Dockerfile")
+            self.options.dockerfile_data = data
+            yield EmptyTree()
 
     def _document(self, tree: Tree) -> Document:
         name = self.options.dockerfile or "Dockerfile"
@@ -155,7 +229,7 @@ class Builder:
             raise Invalid(f"the Dockerfile ({name}) cannot be empty")
         return parse(name, data)
 
-    def _ignore(self, tree: Tree) -> None:
+    def _ignore(self, tree: Context) -> None:
         name = self.options.dockerfile or "Dockerfile"
         data = self.options.ignore_data
         if data is None:
@@ -308,7 +382,7 @@ class Builder:
 
     # --- the end
 
-    def _finish(self, state: State, references: Sequence[Reference]) -> Built:
+    def _finish(self, state: State, references: Sequence[Reference], fds: Sequence[int]) -> Built:
         step = self.reporter.step("exporting to image", stage=-1, text="", line=0)
         if self.options.squash:
             squash.squash(self, state)
@@ -318,12 +392,26 @@ class Builder:
         stored = assemble.put_config(images.catalog, config, state.descriptors)
         if self.options.provenance or self.options.sbom:
             stored = attest.attach(self, state, config, stored)
-        assemble.name(images.catalog, stored, references)
         names = [reference.familiar for reference in references]
         digest = stored.index or stored.manifest.digest
+        if self.options.store:
+            assemble.name(images.catalog, stored, references)
+        else:
+            names = []
         step.done()
+        outputs.write(self, state, stored, references, fds)
         self.reporter.send(event="image", id=stored.image, names=names, digest=digest)
         return Built(stored.image, names, digest)
+
+    def _push(self, references: Sequence[Reference]) -> None:
+        """The image to its registries, under each of its names."""
+        if not references:
+            raise Invalid("a build that is pushed needs a name: -t NAME")
+        for reference in references:
+            step = self.reporter.step(f"pushing {reference}", stage=-1, text="", line=0)
+            auth = self.options.auths.get(reference.domain)
+            self.host.images.push(str(reference), auth)
+            step.done()
 
     def _config(self, state: State) -> ImageConfig:
         platform = platforms.parse(state.platform) if state.platform else host_platform()

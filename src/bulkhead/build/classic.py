@@ -86,8 +86,6 @@ def parameters(query: Query, registry_config: Mapping[str, Any] | None = None) -
     remote = _one(query, "remote")
     if remote == "client-session":
         raise Unsupported(_BUILDKIT)
-    if remote:
-        raise Unsupported(f"remote contexts are not supported ({remote}): send the files")
     if _one(query, "outputs"):
         raise Unsupported("outputs are not supported by the classic builder: use bulkhead build")
     network = _one(query, "networkmode")
@@ -102,11 +100,12 @@ def parameters(query: Query, registry_config: Mapping[str, Any] | None = None) -
         "platform": _one(query, "platform"),
         "squash": _flag(query, "squash"),
         "network": "" if network == "default" else network,
-        "cache_from": [],
+        "cache_from": [name for name in _json(query, "cachefrom", list) if isinstance(name, str)],
         "limits": _limits(query),
         "auths": auths(registry_config),
         "format": "classic",
-        "context": "archive",
+        "context": "remote" if remote else "archive",
+        "remote": remote,
     }
     return {"options": options}
 

@@ -1,4 +1,4 @@
-"""ADD of a URL."""
+"""ADD of a URL, and contexts that are one."""
 
 import email.utils
 import hashlib
@@ -11,6 +11,7 @@ from typing import IO
 import urllib3
 from urllib3.exceptions import HTTPError
 
+from bulkhead.build.git import is_git
 from bulkhead.build.text import Spanned
 from bulkhead.errors import BulkheadError, Unavailable
 
@@ -22,14 +23,6 @@ LARGEST = 16 << 30
 def is_url(text: str) -> bool:
     """Whether a source is fetched by HTTP."""
     return text.startswith(("http://", "https://")) and not is_git(text)
-
-
-def is_git(text: str) -> bool:
-    """Whether a source is a git repository, as BuildKit tells them."""
-    bare = text.partition("#")[0]
-    if text.startswith(("git://", "git@", "ssh://")):
-        return True
-    return text.startswith(("http://", "https://")) and bare.endswith(".git")
 
 
 def file_name(url: str, at: Spanned) -> str:

@@ -35,6 +35,7 @@ class Job:
     network: str = ""
     boundary: str = ""
     platform: str = ""
+    privileged: bool = False
     limits: dict[str, Any] = field(default_factory=dict)
     """Members of HostConfig."""
     private: Sequence[str] = ()

@@ -99,6 +99,7 @@ class Run(Instruction):
     exec_form: tuple[str, ...] | None
     mounts: tuple[Mount, ...]
     network: str
+    insecure: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,7 @@ class Copy(Instruction):
     exclude: tuple[Spanned, ...] = ()
     checksum: Spanned | None = None
     unpack: bool | None = None
+    keep_git: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,17 +311,20 @@ def _run(line: Line) -> Instruction:
     if network is not None and network.text not in ("default", "none", "host"):
         raise network.error(f"unsupported network mode {network.text!r}: default, none or host")
     security = flags.one("security")
-    if security is not None and security.text != "sandbox":
-        if security.text == "insecure":
-            raise security.error(
-                "--security=insecure is not supported: no step of a build is privileged"
-            )
-        raise security.error(f"security {security.text!r} is not valid: sandbox")
+    if security is not None and security.text not in ("sandbox", "insecure"):
+        raise security.error(f"security {security.text!r} is not valid: sandbox or insecure")
     _needs(line)
     listed = exec_form(line.rest)
     if listed is not None and not listed:
         raise line.rest.error("RUN requires at least one argument")
-    return Run(line, line.rest.text, listed, mounts, network.text if network else "")
+    return Run(
+        line,
+        line.rest.text,
+        listed,
+        mounts,
+        network=network.text if network else "",
+        insecure=security is not None and security.text == "insecure",
+    )
 
 
 def _copy(line: Line) -> Instruction:
@@ -339,8 +344,6 @@ def _copy(line: Line) -> Instruction:
         found = [word for word in found if word.at(0) not in opened]
     if len(found) + len(documents) < 2 or not found:
         raise line.whole.error(f"{line.keyword} requires at least two arguments: sources, target")
-    if flags.switch("keep-git-dir") if adds else False:
-        raise line.whole.error("git sources are not supported: fetch them in a RUN step")
     return Copy(
         line,
         sources=tuple(found[:-1]),
@@ -354,6 +357,7 @@ def _copy(line: Line) -> Instruction:
         exclude=flags.many("exclude"),
         checksum=flags.one("checksum") if adds else None,
         unpack=flags.switch("unpack") if adds else None,
+        keep_git=adds and bool(flags.switch("keep-git-dir")),
     )
 
 

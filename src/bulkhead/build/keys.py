@@ -32,12 +32,14 @@ def run(
     boundary: str,
     platform: str,
     epoch: int | None,
+    privileged: bool = False,
 ) -> str:
     """Of a RUN. `env` is in the order the image has it; arguments are in it."""
+    further = {"privileged": True} if privileged else {}
     return key(
         "run", layers=list(layers), args=list(args), documents=[list(d) for d in documents],
         env=sorted(env), user=user, directory=directory, mounts=[dict(m) for m in mounts],
-        network=network, boundary=boundary, platform=platform, epoch=epoch,
+        network=network, boundary=boundary, platform=platform, epoch=epoch, **further,
     )  # fmt: skip
 
 

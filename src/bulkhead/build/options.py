@@ -6,6 +6,10 @@ import msgspec
 
 from bulkhead.errors import Invalid
 
+ENTITLEMENTS = ("network.host", "security.insecure")
+OUTPUTS = ("tar", "oci", "docker")
+"""The image's files; or the image, as one of `images.archive_write.FORMATS`."""
+
 
 class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The parameters of `build.run`; paths are relative to the context."""
@@ -33,7 +37,17 @@ class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     auths: dict[str, dict[str, str]] = {}
     format: str = "events"
     context: str = "archive"
-    """What the descriptor is: "archive", "directory", or "none"."""
+    """What the descriptor is: "archive", "directory", "none"; or "remote": none, but `remote`."""
+    remote: str = ""
+    """A git repository, or the URL of an archive or a Dockerfile, that is the context."""
+    allow: list[str] = []
+    """What steps of the file may ask for, of `ENTITLEMENTS`."""
+    outputs: list[str] = []
+    """What to write to the further descriptors, in their order, of `OUTPUTS`."""
+    store: bool = True
+    """Whether the image gets its names here."""
+    push: bool = False
+    """Whether it is pushed under its names."""
     source: str = ""
     """What the user called the context, for provenance."""
 

@@ -16,6 +16,8 @@ from bulkhead.build.report import Step
 from bulkhead.build.stages import EPOCH
 from bulkhead.build.trees import EmptyTree
 from bulkhead.errors import Invalid
+from bulkhead.linux import copying, openat2
+from bulkhead.linux.fds import OwnedFd
 
 if TYPE_CHECKING:
     from bulkhead.build.steps import StageBuild
@@ -51,6 +53,7 @@ def run(build: "StageBuild", instruction: Run, step: Step) -> None:
     mounts = _Mounts(build, instruction)
     network = instruction.network if instruction.network not in ("", "default") else ""
     network = network or builder.options.network
+    _entitled(build, instruction)
     key = keys.run(
         layers=state.layers,
         args=args,
@@ -63,6 +66,7 @@ def run(build: "StageBuild", instruction: Run, step: Step) -> None:
         boundary=builder.options.boundary,
         platform=state.platform,
         epoch=builder.epoch,
+        privileged=instruction.insecure,
     )
     text = _shown(arguments, args)
     with builder.once(key):
@@ -85,6 +89,7 @@ def run(build: "StageBuild", instruction: Run, step: Step) -> None:
                 network=network,
                 boundary=builder.options.boundary,
                 platform=state.platform,
+                privileged=instruction.insecure,
                 limits=builder.options.limits,
                 private=prepared.private,
                 latest_ns=None if builder.epoch is None else builder.epoch * 10**9,
@@ -92,6 +97,17 @@ def run(build: "StageBuild", instruction: Run, step: Step) -> None:
             made = _execute(build, instruction, job, step)
         known = build.remember(key, *made, text, "run")
     build.append(known, text, step)
+
+
+def _entitled(build: "StageBuild", instruction: Run) -> None:
+    """What only the one who builds may grant, as a Dockerfile can come from anywhere."""
+    options = build.builder.options
+    for name, asked in (
+        ("network.host", instruction.network == "host" and options.network != "host"),
+        ("security.insecure", instruction.insecure),
+    ):
+        if asked and name not in options.allow:
+            raise instruction.error(f"{name} is not allowed: build with --allow {name} to grant it")
 
 
 def _execute(build: "StageBuild", instruction: Run, job: Job, step: Step) -> tuple[str, int]:
@@ -266,14 +282,32 @@ class _Mounts:
     def _cache(
         self, mount: Mount, values: dict[str, str], caches: dict[tuple[str, str], str]
     ) -> Bind:
-        if values.get("from"):
-            raise mount.at.error("cache mounts that begin with an image's files are not supported")
         target = self._target(mount, values)
         path = caches[values.get("id") or target, values.get("sharing") or "shared"]
-        if not os.listdir(path):
-            os.chown(path, _number(mount, values, "uid", 0), _number(mount, values, "gid", 0))
-            os.chmod(path, _mode(mount, values, 0o755))
+        with self._build.builder.once(f"cache mount {path}"):
+            if not os.listdir(path):
+                if values.get("from"):
+                    self._filled(mount, values, path)
+                os.chown(path, _number(mount, values, "uid", 0), _number(mount, values, "gid", 0))
+                os.chmod(path, _mode(mount, values, 0o755))
         return Bind(target, path, readonly=mount.flag("readonly"))
+
+    def _filled(self, mount: Mount, values: dict[str, str], path: str) -> None:
+        """What a cache mount begins with: a directory of a stage or an image."""
+        builder = self._build.builder
+        layers = builder.origin_layers(self._build, values["from"], mount.values["from"])
+        source = values.get("source", "").strip("/")
+        with builder.layers_tree(layers) as tree:
+            place, node = tree.resolve(source)
+        if node is None or not node.is_dir:
+            raise mount.at.error(f'"/{source}": there is no such directory')
+        if not layers:
+            return
+        flags = os.O_RDONLY | os.O_DIRECTORY
+        with builder.host.root(layers) as root, OwnedFd(os.open(path, flags)) as target:
+            beneath = openat2.BENEATH | openat2.NO_SYMLINKS
+            with openat2.openat2(root, place or ".", flags, beneath) as found:
+                copying.copy_directory(int(found), int(target))
 
     def _secret(
         self,

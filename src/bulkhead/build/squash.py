@@ -45,7 +45,7 @@ def squash(builder: "Builder", state: "State") -> None:
     if builder.epoch is not None:
         created = of_nanoseconds(builder.epoch * 10**9)
     for entry in state.history:
-        entry.empty_layer = entry.empty_layer or entry.comment == "bulkhead build"
+        entry.empty_layer = entry.empty_layer or entry.comment.startswith("bulkhead build")
     state.history.append(History(created, "", comment="merge of the build's layers"))
 
 

@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import os
 import posixpath
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from bulkhead.build import accounts, configure, expand, fetch, keys, running
+from bulkhead.build import accounts, configure, expand, fetch, git, keys, running
 from bulkhead.build.cache import Step as Remembered
 from bulkhead.build.copying import Options as CopyOptions
 from bulkhead.build.copying import Plan
@@ -32,7 +33,14 @@ from bulkhead.build.parser import parse as parse_text
 from bulkhead.build.report import Step
 from bulkhead.build.stages import Scope, Stage
 from bulkhead.build.text import Spanned
-from bulkhead.build.trees import ArchiveTree, EmptyTree, Node, Tree
+from bulkhead.build.trees import (
+    ArchiveTree,
+    DirectoryTree,
+    EmptyTree,
+    Node,
+    Tree,
+    may_be_archive,
+)
 from bulkhead.errors import BulkheadError, Corrupt, Invalid, NotFound
 from bulkhead.images import assemble
 from bulkhead.images.timestamps import now, of_nanoseconds
@@ -271,7 +279,7 @@ class StageBuild:
             source.add(directory=directory)
             shown = " ".join([*(s.text for s in instruction.sources),
                               *(f"<<{d.name}" for d in instruction.documents), target])  # fmt: skip
-            self._layer_of(plan, f"{instruction.keyword} {shown}", step)
+            self._layer_of(plan, git.redacted(f"{instruction.keyword} {shown}"), step)
 
     def _many(self, instruction: Copy, target: str) -> bool:
         """Whether the target must be a directory."""
@@ -342,6 +350,8 @@ class StageBuild:
         state = self.state
         state.created = max(state.created, known.created)
         entry = History(known.created, text, comment="bulkhead build")
+        if self.builder.inline:
+            entry.comment += f" {known.key}"
         if known.diff_id:
             state.layers.append(known.diff_id)
             state.descriptors.append(assemble.tar_layer(known.diff_id, known.size))
@@ -399,11 +409,14 @@ class _Sources:
     def _one(self, source: str, at: Spanned, *, directory: bool) -> None:
         build = self._build
         if self._instruction.keyword == "ADD":
-            if fetch.is_git(source):
-                raise at.error("git sources are not supported: fetch them in a RUN step")
+            if git.is_git(source):
+                self._repository(source, at)
+                return
             if fetch.is_url(source):
                 self._url(source, at, directory=directory)
                 return
+            if self._instruction.keep_git:
+                raise at.error("--keep-git-dir is for git sources only")
             if self._instruction.checksum is not None:
                 raise at.error("checksum can't be specified for local sources")
         if self._instruction.origin is not None:
@@ -429,7 +442,7 @@ class _Sources:
 
     def _unpacked(self, tree: Tree, node: Node) -> ArchiveTree | None:
         first = next(iter(tree.read(node)), b"")
-        if not _may_be_archive(first):
+        if not may_be_archive(first):
             return None
         try:
             archive = ArchiveTree.read_from(tree.read(node), self._build.builder.directory)
@@ -439,6 +452,24 @@ class _Sources:
             return None
         self._undo.callback(archive.close)
         return archive if archive.count else None
+
+    def _repository(self, url: str, at: Spanned) -> None:
+        """What is in a git repository, into the directory that is the target."""
+        build, checksum = self._build, self._instruction.checksum
+        wanted = build.word(checksum) if checksum is not None else ""
+        if wanted and not re.fullmatch(r"[0-9a-f]{7,40}", wanted):
+            raise at.error(f"invalid checksum {wanted!r}: of a git source it is a commit")
+        fetcher, keep = build.builder.fetcher(), self._instruction.keep_git
+        try:
+            found = fetcher.checkout(git.parse(url), keep=keep)
+            place, commit = self._undo.enter_context(found)
+        except BulkheadError as error:
+            raise at.error(error.message) from error
+        if wanted and not commit.startswith(wanted):
+            raise at.error(f"digest mismatch for {git.redacted(url)}: {commit}, expected: {wanted}")
+        fd = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._undo.callback(os.close, fd)
+        self._plan.add(DirectoryTree(fd, owners=False), ".", self._place, directory=True)
 
     def _url(self, url: str, at: Spanned, *, directory: bool) -> None:
         build, checksum = self._build, self._instruction.checksum
@@ -480,11 +511,6 @@ class _StoredFile(Tree):
         while piece := os.pread(self._fd, 1 << 20, at):
             at += len(piece)
             yield piece
-
-
-def _may_be_archive(first: bytes) -> bool:
-    magics = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
-    return first[257:262] == b"ustar" or first.startswith(magics)
 
 
 def _flat(text: str) -> str:

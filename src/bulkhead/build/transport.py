@@ -5,13 +5,17 @@ So everything that moves images moves it. SOURCE and TARGET are what docker's us
 `type=registry,ref=NAME`, `type=local,src=FOLDER` or `dest=FOLDER`, or just an image's name.
 """
 
+import contextlib
 import os
 import re
+import secrets
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bulkhead.build.cache import Step
 from bulkhead.errors import BulkheadError, Invalid
 from bulkhead.images import assemble
+from bulkhead.images.catalog import Image
 from bulkhead.oci.image import MOST_LAYERS, ContainerConfig, History, ImageConfig, RootFS
 from bulkhead.oci.reference import parse
 
@@ -21,7 +25,13 @@ if TYPE_CHECKING:
 _MARK = "dev.bulkhead.build-cache"
 _NAME = "bulkhead.local/build-cache"
 _FILE = "bulkhead-cache.tar"
+_BUILT = "bulkhead build"
 _KEY = re.compile(r"[0-9a-f]{64}")
+
+
+def is_inline(text: str) -> bool:
+    """Whether a --cache-to means the image itself."""
+    return fields(text, "dest")[0] == "inline"
 
 
 def fields(text: str, folder: str) -> tuple[str, str]:
@@ -33,6 +43,8 @@ def fields(text: str, folder: str) -> tuple[str, str]:
         name, _, value = part.partition("=")
         found[name.strip()] = value
     kind = found.get("type", "registry")
+    if found.get("mode", "max") not in ("min", "max"):
+        raise Invalid(f"{text}: the mode must be min or max")
     if kind == "registry" and found.get("ref"):
         return kind, found["ref"]
     if kind == "local" and found.get(folder):
@@ -49,45 +61,76 @@ def fields(text: str, folder: str) -> tuple[str, str]:
 
 def load(builder: "Builder", text: str) -> None:
     """Take in the results that `text` names; what cannot be had is a warning."""
+    with contextlib.ExitStack() as undo:
+        _load(builder, text, undo)
+
+
+def _load(builder: "Builder", text: str, undo: contextlib.ExitStack) -> None:
     kind, where = fields(text, "src")
     step = builder.reporter.step(f"importing cache from {where}", stage=-1, text="", line=0)
     images = builder.host.images
     try:
         if kind == "local":
             with open(f"{where}/{_FILE}", "rb") as file:
-                name = images.load(file)[0]
-            image = images.resolve(name)
+                alone = parse(f"{_NAME}:{secrets.token_hex(8)}")
+                images.load(file, under=alone)
+            undo.callback(images.remove, str(alone), force=True)
+            image = images.resolve(str(alone))
         else:
             auth = builder.options.auths.get(parse(where).domain)
-            image = images.pull(where, None, auth)
+            classic = builder.options.format == "classic"  # which takes what is here
+            image = images.resolve(where) if classic else images.pull(where, None, auth)
     except (BulkheadError, OSError) as error:
         builder.reporter.warn(f"no cache from {where}: {error}")
         step.done()
         return
     if image.config.container.labels and _MARK in image.config.container.labels:
-        known = set(image.diff_ids)
-        for entry in image.config.history or ():
-            key, _, kind_ = entry.comment.partition(" ")
-            diff_id, _, what = entry.created_by.partition(" ")
-            if not _KEY.fullmatch(key):  # it names a file of the cache
-                builder.reporter.warn(f"{where} has a result with the key {key[:64]!r}: left out")
-            elif diff_id in known and builder.cache.get(key) is None:
-                layer = builder.host.store.layer(diff_id)
-                size = layer.size if layer is not None else 0
-                builder.cache.put(Step(key, diff_id, size, entry.created or "", what, kind_))
-    if kind == "local":
-        images.remove(image.id, force=True)
+        _take(builder, image, where)
+    else:
+        _take_inline(builder, image)
     step.done()
 
 
-def save(builder: "Builder", text: str) -> None:
-    """Put the results of this build where `text` says."""
+def _take(builder: "Builder", image: Image, where: str) -> None:
+    """The results that an image of ours brings."""
+    known = set(image.diff_ids)
+    for entry in image.config.history or ():
+        key, _, kind = entry.comment.partition(" ")
+        diff_id, _, what = entry.created_by.partition(" ")
+        if not _KEY.fullmatch(key):  # it names a file of the cache
+            builder.reporter.warn(f"{where} has a result with the key {key[:64]!r}: left out")
+        elif diff_id in known:
+            _put(builder, Step(key, diff_id, 0, entry.created or "", what, kind))
+
+
+def _take_inline(builder: "Builder", image: Image) -> None:
+    """The results that an image built with type=inline is made of."""
+    layers = iter(image.diff_ids)
+    for entry in image.config.history or ():
+        diff_id = "" if entry.empty_layer else next(layers, "")
+        made, _, key = entry.comment.rpartition(" ")
+        if made == _BUILT and _KEY.fullmatch(key) and (diff_id or entry.empty_layer):
+            kind = "run" if entry.created_by.startswith("RUN ") else "copy"
+            _put(builder, Step(key, diff_id, 0, entry.created or "", entry.created_by, kind))
+
+
+def _put(builder: "Builder", step: Step) -> None:
+    if builder.cache.get(step.key) is None:
+        layer = builder.host.store.layer(step.diff_id) if step.diff_id else None
+        step.size = layer.size if layer is not None else 0
+        builder.cache.put(step)
+
+
+def save(builder: "Builder", text: str, final: Sequence[str]) -> None:
+    """Put the results of this build where `text` says; mode=min: those of the layers `final`."""
     kind, where = fields(text, "dest")
-    if kind == "inline":
+    if kind == "inline":  # the image is its own cache
         return
     step = builder.reporter.step(f"exporting cache to {where}", stage=-1, text="", line=0)
     images = builder.host.images
     found = [s for s in builder.cache.steps() if s.key in builder.made and s.diff_id]
+    if "mode=min" in text.split(","):
+        found = [one for one in found if one.diff_id in final]
     chosen: dict[str, Step] = {}
     for one in found[-MOST_LAYERS:]:
         chosen[one.key] = one
@@ -102,7 +145,8 @@ def save(builder: "Builder", text: str) -> None:
             for one in chosen.values()
         ],
     )
-    reference = parse(where if kind == "registry" else _NAME).tagged()
+    alone = f"{_NAME}:{secrets.token_hex(8)}"
+    reference = parse(where if kind == "registry" else alone).tagged()
     descriptors = [assemble.tar_layer(diff_id, size) for diff_id, size in layers.items()]
     stored = assemble.put_config(images.catalog, config, descriptors)
     assemble.name(images.catalog, stored, [reference])

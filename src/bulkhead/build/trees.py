@@ -103,14 +103,10 @@ class Digests:
 
 
 class Tree(ABC):
-    """Base of the three."""
+    """Base of all."""
 
     keeps_owners = True
     """Whether owners mean something (not those of a context)."""
-
-    def ignoring(self, ignore: Ignore) -> None:
-        """Leave out what `ignore` says."""
-        raise NotImplementedError
 
     @abstractmethod
     def node(self, path: str) -> Node | None:
@@ -171,7 +167,15 @@ class Tree(ABC):
         return b"".join(self.read(node))
 
 
-class DirectoryTree(Tree):
+class Context(Tree):
+    """A tree that can be a build's context."""
+
+    @abstractmethod
+    def ignoring(self, ignore: Ignore) -> None:
+        """Leave out what `ignore` says."""
+
+
+class DirectoryTree(Context):
     """Below a directory's descriptor, which the caller keeps open."""
 
     def __init__(
@@ -189,7 +193,7 @@ class DirectoryTree(Tree):
         self._cache: dict[str, Node | None] = {}
 
     def ignoring(self, ignore: Ignore) -> None:
-        """As `Tree` says."""
+        """As `Context` says."""
         self._ignore = ignore if ignore.rules else None
         self._cache.clear()
 
@@ -320,7 +324,7 @@ class DirectoryTree(Tree):
         return found
 
 
-class ArchiveTree(Tree):
+class ArchiveTree(Context):
     """The members of a tar archive, kept in memory; the contents lie in a nameless file."""
 
     def __init__(
@@ -374,7 +378,7 @@ class ArchiveTree(Tree):
         self._spool.close()
 
     def ignoring(self, ignore: Ignore) -> None:
-        """As `Tree` says."""
+        """As `Context` says."""
         if ignore.rules:
             self._prune(self._top, ignore)
 
@@ -496,6 +500,12 @@ class ArchiveTree(Tree):
         return known or super().digest(node)
 
 
+def may_be_archive(first: bytes) -> bool:
+    """Whether a file that begins so (512 bytes, if it has them) is a tar, or compressed."""
+    magics = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
+    return first[257:262] == b"ustar" or first.startswith(magics)
+
+
 def _zeros(count: int) -> Iterator[bytes]:
     while count > 0:
         size = min(count, _PIECE)
@@ -503,11 +513,11 @@ def _zeros(count: int) -> Iterator[bytes]:
         yield bytes(size)
 
 
-class EmptyTree(Tree):
+class EmptyTree(Context):
     """Nothing: the root of `scratch`."""
 
     def ignoring(self, ignore: Ignore) -> None:
-        """As `Tree` says."""
+        """As `Context` says."""
 
     def node(self, path: str) -> Node | None:
         """As `Tree` says."""

@@ -19,6 +19,8 @@ class Place(NamedTuple):
     name: str | None
     """None: the first component is dropped (the contents of a directory)."""
     shown: str
+    whole: bool = False
+    """Every component of the names is kept."""
 
 
 def resolve_local(target: str, name: str, *, directory: bool, contents: bool) -> Place:
@@ -41,7 +43,7 @@ def _renamed(name: str, place: Place) -> str:
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if ".." in parts:
         raise Invalid(f"the archive names {name!r}, which is outside")
-    rest = parts[1:]
+    rest = parts if place.whole else parts[1:]
     return "/".join([*([place.name] if place.name else []), *rest])
 
 

@@ -100,6 +100,7 @@ class Building:
         context: int | None,
         sink: Callable[[dict[str, Any]], None],
         begun: Callable[[threading.Event], None],
+        outputs: Sequence[int] = (),
     ) -> "Built":
         """Run a build in this thread. `begun` is given what stops it."""
         # Imported now: an engine that never builds does without.
@@ -111,7 +112,7 @@ class Building:
         os.makedirs(self._disk, mode=0o700, exist_ok=True)
         builder = Builder(self, self.cache, self._digests, options, self._disk, sink)
         begun(builder.stop)
-        return builder.run(context)
+        return builder.run(context, outputs)
 
     # --- roots
 
@@ -356,6 +357,7 @@ def _body(job: "Job") -> body.CreateBody:
         **job.limits,
         "LogConfig": {"Type": "none"},
         "NetworkMode": job.network or "default",
+        "Privileged": job.privileged,
         "Mounts": [
             {"Type": "bind", "Source": bind.source, "Target": bind.target,
              "ReadOnly": bind.readonly}

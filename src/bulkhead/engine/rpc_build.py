@@ -23,7 +23,7 @@ _AHEAD = 1024
 
 
 class Run(Params, frozen=True):
-    """A build; a descriptor with the context comes along unless `context` is "none"."""
+    """A build; descriptors of the context (unless it is "none" or "remote") and outputs follow."""
 
     options: dict[str, Any]
 
@@ -72,7 +72,9 @@ def _prune() -> ModuleType:
 async def run(engine: Engine, params: Run, call: Call) -> dict[str, Any]:
     """Build an image; items are events, or docker's messages with format "classic"."""
     options = _options(params)
-    context = None if options.context == "none" else call.take_fd("the context")
+    bare = options.context in ("none", "remote")
+    context = None if bare else call.take_fd("the context")
+    outputs = [call.take_fd(f"output {kind}") for kind in options.outputs]
     queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
     room = threading.Semaphore(_AHEAD)
     stops: list[threading.Event] = []
@@ -89,10 +91,10 @@ async def run(engine: Engine, params: Run, call: Call) -> dict[str, Any]:
     def work() -> Any:
         try:
             number = None if context is None else int(context)
-            return engine.builds.build(options, number, sink, begun)
+            return engine.builds.build(options, number, sink, begun, [int(fd) for fd in outputs])
         finally:
-            if context is not None:
-                context.close()
+            for fd in (*outputs, *([context] if context is not None else [])):
+                fd.close()
             engine.loop.call_soon_threadsafe(queue.put_nowait, None)
 
     def begun(stop: threading.Event) -> None:
@@ -115,7 +117,9 @@ async def run(engine: Engine, params: Run, call: Call) -> dict[str, Any]:
                 os.set_blocking(int(context), False)
         await asyncio.wait([future])
         raise
-    engine.events.emit("image", "create", built.image, {"name": (built.names or [built.image])[0]})
+    if options.store:
+        name = (built.names or [built.image])[0]
+        engine.events.emit("image", "create", built.image, {"name": name})
     engine.spawn(engine.blocking(lambda: _prune().automatic(engine.builds.cache)))
     return {"Id": built.image, "Names": built.names, "Digest": built.digest}
 

@@ -99,9 +99,12 @@ def _clean(name: str) -> str:
     return posixpath.normpath("/" + name).lstrip("/")
 
 
-def load(catalog: Catalog, file: BinaryIO, progress: Progress) -> list[str]:
+def load(
+    catalog: Catalog, file: BinaryIO, progress: Progress, under: Reference | None = None
+) -> list[str]:
     """Store and name the images of the archive `file`; their familiar names, or ids without one.
 
+    `under`: its first image gets this name, whatever the archive says, and no other is named.
     Invalid for what is no image archive, Corrupt for one whose digests are wrong: then nothing of
     it is named.
     """
@@ -118,6 +121,8 @@ def load(catalog: Catalog, file: BinaryIO, progress: Progress) -> list[str]:
             )
         if not images:
             raise Invalid("the archive holds no image")
+        if under is not None:
+            images = [(images[0][0], [under])]
         loaded: list[str] = []
         for stored, references in images:
             assemble.name(catalog, stored, references)

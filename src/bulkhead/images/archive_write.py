@@ -90,10 +90,21 @@ def save(catalog: Catalog, refs: list[str], out: BinaryIO, how: str, fetch: Fetc
         chosen = [pair for ref in refs for pair in _chosen(catalog, ref, snapshot)]
         if not chosen:
             raise Invalid("no image was named")
-        if how == "docker":
-            _docker(catalog, chosen, out)
-        else:
-            _oci(catalog, chosen, out, fetch)
+        write(catalog, chosen, out, how, fetch)
+
+
+def write(
+    catalog: Catalog,
+    chosen: list[tuple[Entry, Reference | None]],
+    out: BinaryIO,
+    how: str,
+    fetch: Fetch,
+) -> None:
+    """Write these images, named there as said, within the caller's lease."""
+    if how == "docker":
+        _docker(catalog, chosen, out)
+    else:
+        _oci(catalog, chosen, out, fetch)
 
 
 def _chosen(catalog: Catalog, ref: str, snapshot: Snapshot) -> list[tuple[Entry, Reference | None]]:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from bulkhead.errors import Invalid, NotFound
 from bulkhead.home import Home
 from bulkhead.images import archive_read, archive_write, describe, filters, removal
+from bulkhead.images.assemble import Stored
 from bulkhead.images.catalog import Catalog, Image
 from bulkhead.images.commit import commit, import_root
-from bulkhead.images.names import Names
+from bulkhead.images.names import Entry, Names
 from bulkhead.images.origins import Origins
 from bulkhead.images.progress import Progress, silent
-from bulkhead.oci.reference import DEFAULT_DOMAIN, parse
+from bulkhead.oci.reference import DEFAULT_DOMAIN, Reference, parse
 from bulkhead.store.content import ContentStore
 
 if TYPE_CHECKING:
@@ -260,22 +261,33 @@ class ImageService:
 
     # --- archives
 
-    def load(self, file: BinaryIO, progress: Progress = silent) -> List[str]:
+    def load(
+        self, file: BinaryIO, progress: Progress = silent, under: Reference | None = None
+    ) -> List[str]:
         """Store the images of an archive (docker-archive or OCI, compressed or not).
 
-        Returns their familiar names, or ids of those without.
+        Returns their familiar names, or ids of those without. `under`: as `archive_read.load` says.
         """
-        return archive_read.load(self.catalog, file, progress)
+        return archive_read.load(self.catalog, file, progress, under)
 
     def save(self, refs: Sequence[str], out: BinaryIO, format_: str = "docker") -> None:
         """Write an archive of the images `refs` to `out`: "docker" or "oci"."""
 
-        def fetch(digest: str, size: int, diff_id: str) -> Generator[bytes, None, None]:
-            from bulkhead.images.fetch import exact
+        archive_write.save(self.catalog, [*refs], out, format_, self._exact)
 
-            return exact(self.store, self.origins, digest, size, diff_id, config=self._registries)
+    def export(
+        self, stored: Stored, names: Sequence[Reference], out: BinaryIO, format_: str
+    ) -> None:
+        """An archive of an image that has no name here yet, within the caller's lease."""
 
-        archive_write.save(self.catalog, [*refs], out, format_, fetch)
+        entry = Entry(None, stored.manifest, stored.image, stored.index)
+        chosen: List[tuple[Entry, Reference | None]] = [(entry, name) for name in names]
+        archive_write.write(self.catalog, chosen or [(entry, None)], out, format_, self._exact)
+
+    def _exact(self, digest: str, size: int, diff_id: str) -> Generator[bytes, None, None]:
+        from bulkhead.images.fetch import exact
+
+        return exact(self.store, self.origins, digest, size, diff_id, config=self._registries)
 
     # --- making
 

@@ -1,54 +1,30 @@
 """`build`: contexts, files, secrets; the engine builds."""
 
 import contextlib
+import json
 import os
-import shutil
-import subprocess
+import re
 import sys
-import tempfile
 import threading
 from collections.abc import Generator, Iterator
 from typing import Any
 
+from bulkhead.cli import build_outputs, ssh_agents
 from bulkhead.cli.building import Plain, Quiet, Shown, Terminal
 from bulkhead.cli.command import Command, Context
 from bulkhead.cli.options import Option, Parsed, UsageError
-from bulkhead.errors import Invalid, NotFound, Unsupported
+from bulkhead.errors import Invalid, NotFound
 
 _BLOCK = 512
 _MAGICS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 _LARGEST = 4 << 20
+_SCP = re.compile(r"[a-zA-Z0-9_.-]+@[a-zA-Z0-9_.-]+:(?!//)")
 
 
-def _is_git(text: str) -> bool:
-    bare = text.partition("#")[0]
-    return text.startswith(("git://", "git@", "ssh://")) or (
-        text.startswith(("http://", "https://")) and bare.endswith(".git")
-    )
-
-
-def _clone(url: str, undo: contextlib.ExitStack) -> str:
-    """A checkout of URL#REF:DIRECTORY; its path."""
-    repository, _, rest = url.partition("#")
-    ref, _, folder = rest.partition(":")
-    if shutil.which("git") is None:
-        raise Unsupported("a git context needs the program git: install it, or give a directory")
-    target = tempfile.mkdtemp(prefix="bulkhead-git-")
-    undo.callback(shutil.rmtree, target, ignore_errors=True)
-    for words in (
-        ("init", "-q", target),
-        ("-C", target, "fetch", "-q", "--depth", "1", "--", repository, ref or "HEAD"),
-        ("-C", target, "checkout", "-q", "FETCH_HEAD"),
-        ("-C", target, "submodule", "-q", "update", "--init", "--depth", "1"),
-    ):
-        done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise NotFound(f"git {words[0]} of {repository} failed: {done.stderr.strip()}")
-    shutil.rmtree(f"{target}/.git", ignore_errors=True)
-    place = os.path.realpath(os.path.join(target, folder.lstrip("/")))
-    if place != target and not place.startswith(f"{os.path.realpath(target)}/"):
-        raise Invalid(f"{url}: the directory leads out of the repository")
-    return place
+def _is_remote(text: str) -> bool:
+    """Whether the engine fetches the context: a git repository, or a URL."""
+    schemes = ("http://", "https://", "git://", "ssh://", "github.com/")
+    return text.startswith(schemes) or bool(_SCP.match(text))
 
 
 def _from_stdin(options: dict[str, Any], undo: contextlib.ExitStack) -> int | None:
@@ -133,19 +109,6 @@ def _secrets(given: list[str], context: Context) -> dict[str, bytes]:
     return found
 
 
-def _agents(given: list[str], context: Context) -> dict[str, str]:
-    found = {}
-    for text in given:
-        name, _, path = text.partition("=")
-        path = path or context.environ.get("SSH_AUTH_SOCK", "")
-        if not path:
-            raise UsageError(f"--ssh {text}: SSH_AUTH_SOCK is not set; start ssh-agent")
-        if os.path.isfile(path):
-            raise UsageError(f"--ssh {text}: a key file; add it to an agent: ssh-add {path}")
-        found[name] = os.path.abspath(path)
-    return found
-
-
 def _pairs(given: list[str], environ: Any) -> dict[str, str]:
     """KEY=VALUE, or KEY with its value in the environment."""
     found = {}
@@ -223,7 +186,7 @@ def _options(context: Context, parsed: Parsed) -> dict[str, Any]:
         "platform": parsed["platform"],
         "labels": _pairs(parsed["label"], context.environ),
         "secrets": _secrets(parsed["secret"], context),
-        "ssh": _agents(parsed["ssh"], context),
+        "allow": parsed["allow"],
         "network": "" if parsed["network"] == "default" else parsed["network"],
         "squash": parsed["squash"],
         "boundary": parsed["boundary"],
@@ -249,10 +212,14 @@ def _context(options: dict[str, Any], parsed: Parsed) -> Iterator[tuple[int, ...
             fd = _from_stdin(options, undo)
             yield () if fd is None else (fd,)
             return
-        if _is_git(place):
-            place = _clone(place, undo)
-        elif place.startswith(("http://", "https://")):
-            raise Unsupported(f"remote contexts are not supported: curl {place} | bulkhead build -")
+        if _is_remote(place) and not os.path.isdir(place):
+            options["context"], options["remote"] = "remote", place
+            if parsed["file"] == "-":
+                options["dockerfile_data"] = sys.stdin.buffer.read(_LARGEST)
+            else:
+                options["dockerfile"] = parsed["file"]
+            yield ()
+            return
         try:
             fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except NotADirectoryError:
@@ -287,17 +254,35 @@ def _follow(items: Generator[Any, None, Any], shown: Shown) -> dict[str, Any]:
         shown.close()
 
 
+def _recorded(parsed: Parsed, found: dict[str, Any]) -> None:
+    """What other programs read of the result."""
+    if parsed["iidfile"]:
+        with open(parsed["iidfile"], "w", encoding="ascii") as file:
+            file.write(found["Id"])
+    if parsed["metadata-file"]:
+        note = {"containerimage.config.digest": found["Id"],
+                "containerimage.digest": found["Digest"],
+                "image.name": ",".join(found["Names"])}  # fmt: skip
+        with open(parsed["metadata-file"], "w", encoding="utf-8") as file:
+            json.dump(note, file, indent=2)
+            file.write("\n")
+
+
 def build(context: Context, parsed: Parsed) -> None:
     """`bulkhead build PATH | URL | -`."""
     options = _options(context, parsed)
     shown = _shown(parsed)
-    with _context(options, parsed) as fds:
-        found = _follow(context.stream("build.run", {"options": options}, fds), shown)
-    if parsed["iidfile"]:
-        with open(parsed["iidfile"], "w", encoding="ascii") as file:
-            file.write(found["Id"])
+    with contextlib.ExitStack() as undo:
+        outputs = undo.enter_context(build_outputs.opened(parsed["output"], context, options))
+        options["push"] = options["push"] or parsed["push"]
+        options["ssh"] = undo.enter_context(ssh_agents.agents(parsed["ssh"], context.environ))
+        fds = undo.enter_context(_context(options, parsed))
+        stream = context.stream("build.run", {"options": options}, (*fds, *outputs.fds))
+        found = _follow(stream, shown)
+        outputs.finish()
+    _recorded(parsed, found)
     if parsed["quiet"]:
-        context.out(found["Id"])
+        (context.err if outputs.spoken else context.out)(found["Id"])
     else:
         named = "".join(f"\nnamed {name}" for name in found["Names"])
         context.err(f"built {found['Id']}{named}")
@@ -308,6 +293,8 @@ COMMANDS = {
         "build", "Build an image from a Dockerfile", build, arguments="PATH | URL | -",
         options=(
             Option("--add-host", "list", "Add a custom host-to-IP mapping (host:ip)"),
+            Option("--allow", "strings",
+                   "What RUN steps may ask for: network.host, security.insecure"),
             Option("--boundary", "string", "What isolates the steps (container, sandbox, microvm)"),
             Option("--build-arg", "list", "Set build-time variables"),
             Option("--cache-from", "list",
@@ -331,16 +318,22 @@ COMMANDS = {
             Option("--isolation", "string", "For docker's sake", choices=("", "default"),
                    hidden=True),
             Option("--label", "list", "Set metadata for an image"),
+            Option("--load", "bool", "For docker's sake: the image is always here", hidden=True),
             Option("-m, --memory", "bytes", "Memory limit"),
             Option("--memory-swap", "bytes",
                    "Swap limit equal to memory plus swap: -1 for unlimited swap"),
+            Option("--metadata-file", "string", "Write the result's digests as JSON to the file",
+                   complete="file"),
             Option("--network", "string", "Networking mode for the RUN instructions"),
             Option("--no-cache", "bool", "Do not use the cache"),
+            Option("-o, --output", "list",
+                   "Where else the result goes: FOLDER, -, type=local|tar|oci|docker,dest=PATH"),
             Option("--platform", "string", "Platform to build for, as OS/ARCH[/VARIANT]"),
             Option("--progress", "string", "Kind of progress output", default="auto",
                    choices=("auto", "plain", "tty", "quiet", "none")),
             Option("--provenance", "string", "Attest how the image was built (true, false)"),
             Option("--pull", "bool", "Always attempt to pull newer images"),
+            Option("--push", "bool", "Push the image under its names"),
             Option("-q, --quiet", "bool", "Print the image ID only"),
             Option("--rm", "bool", "Remove intermediate containers", default=True, hidden=True),
             Option("--sbom", "string", "Attest the packages of the image (true, false)"),
@@ -348,7 +341,7 @@ COMMANDS = {
             Option("--security-opt", "strings", "Security options of the RUN steps"),
             Option("--shm-size", "bytes", "Size of /dev/shm"),
             Option("--squash", "bool", "Squash newly built layers into one"),
-            Option("--ssh", "list", "SSH agent for RUN: default or NAME=SOCKET"),
+            Option("--ssh", "list", "SSH agent for RUN: default, NAME=SOCKET or NAME=KEY[,KEY]"),
             Option("-t, --tag", "list", "Name and optionally a tag (name:tag)"),
             Option("--target", "string", "Stage to build"),
             Option("--ulimit", "list", "Ulimit options (NAME=SOFT[:HARD])"),
@@ -358,6 +351,8 @@ COMMANDS = {
             "bulkhead build --target test --build-arg VERSION=2 -f docker/Dockerfile .",
             "bulkhead build --secret id=token,src=token.txt -t app .",
             "bulkhead build -q --build-arg SOURCE_DATE_EPOCH=0 .",
+            "bulkhead build -o out --target binaries .",
+            "bulkhead build https://example.com/app.git#v1.2:server",
         ),
         least=1, most=1, completes="file",
     ),
