@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from bulkhead.depot.http import Server
+from bulkhead.depot.patience import HEAD_S, IDLE_S, SLOWEST, Patient
 from bulkhead.depot.uploads import Uploads
 from bulkhead.errors import Corrupt
+from tests.helpers.waiting import until
 
 _DIGEST = "sha256:" + "a" * 64
 
@@ -100,3 +102,54 @@ def test_an_upload_whose_name_nobody_knows_is_ended(port: int, registry: Any) ->
     assert not _ask(port, f"{head}Transfer-Encoding: chunked\r\n\r\nno size\r\n".encode())
     assert len(made) == 1
     assert made[0].writer.closed
+
+
+def test_slow_clients_are_not_waited_for() -> None:
+    now = [0.0]
+    near, far = socket.socketpair()
+    with near, far:
+        patient = Patient(near, lambda: now[0])
+        with io.BufferedReader(patient, 1 << 16) as reader:
+            for _ in range(3):  # of its own accord
+                assert patient.waiting
+                now[0] += IDLE_S - 1
+                far.sendall(b"G")
+                assert reader.read1(1) == b"G"
+                now[0] += HEAD_S - 1
+                far.sendall(b"E")
+                assert reader.read1(1) == b"E"
+                patient.body()
+                far.sendall(bytes(SLOWEST * 10))
+                assert len(reader.read(SLOWEST * 10)) == SLOWEST * 10
+                now[0] += IDLE_S + 9
+                far.sendall(b"x")
+                assert reader.read1(1) == b"x"
+                patient.idle()
+            far.sendall(b"G")
+            assert reader.read1(1) == b"G"
+            now[0] += HEAD_S + 1
+            far.sendall(b"E")
+            with pytest.raises(TimeoutError):
+                reader.read1(1)
+
+
+def test_one_that_waits_makes_room(registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bulkhead.depot.http._MOST_CONNECTIONS", 2)
+    with Server(("127.0.0.1", 0), registry) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            held = []
+            for count in (1, 2):
+                held.append(socket.create_connection(server.server_address[:2]))
+                until(lambda count=count: len(server.live) == count, "it is served")
+            with socket.create_connection(server.server_address[:2], timeout=60) as third:
+                third.sendall(b"GET /v2/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                assert b"200 OK" in third.recv(1000)
+            assert held[0].recv(1) == b""
+            for one in held:
+                one.close()
+            until(lambda: not server.live, "all are gone")
+        finally:
+            server.shutdown()
+            thread.join()

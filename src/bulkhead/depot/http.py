@@ -1,7 +1,9 @@
 """The registry's HTTP: one thread per connection, bodies streamed, everything bounded."""
 
 import base64
+import contextlib
 import hmac
+import io
 import json
 import logging
 import re
@@ -13,6 +15,7 @@ from email.errors import FirstHeaderLineIsContinuationDefect, MissingHeaderBodyS
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, BinaryIO
 
+from bulkhead.depot.patience import IDLE_S, Patient
 from bulkhead.depot.registry import Problem, Registry
 from bulkhead.depot.uploads import Upload, check_range
 from bulkhead.errors import BulkheadError, Corrupt, Invalid, NotFound, Unavailable
@@ -20,8 +23,10 @@ from bulkhead.oci.image import LARGEST_MANIFEST, OCI_INDEX
 
 log = logging.getLogger("bulkhead.registry")
 _PIECE = 1 << 20
+_BUFFER = 64 << 10
 _MOST_CONNECTIONS = 256
-_TIMEOUT_S = 60.0
+_ROOM_S = 5.0
+"""How long a new connection waits for one that was ended for it."""
 _MOST_LISTED = 1000
 _DRAINED = 16 << 20
 _CUT_SHORT = MissingHeaderBodySeparatorDefect, FirstHeaderLineIsContinuationDefect
@@ -45,16 +50,27 @@ class Server(ThreadingHTTPServer):
         self.registry = registry
         self.users = users or {}
         self._room = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        self.live: dict[Patient, socket.socket] = {}
+        """Connections, the oldest first."""
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """A thread for it, or the end of the connection if there are too many."""
+        """A thread for it; if there are too many, instead of one that waits for a request."""
         if not self._room.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
+            self._end_one()
+            if not self._room.acquire(timeout=_ROOM_S):
+                self.shutdown_request(request)
+                return
         super().process_request(request, client_address)
+
+    def _end_one(self) -> None:
+        for patient, connection in list(self.live.items()):
+            if patient.waiting:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+                return
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve one connection."""
@@ -74,11 +90,29 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version = "bulkhead"
     sys_version = ""
-    timeout = _TIMEOUT_S
+    timeout = IDLE_S
     server: Server
     disable_nagle_algorithm = True
 
     # --- requests
+
+    def setup(self) -> None:
+        """Read with patience, which ends."""
+        super().setup()
+        self.rfile.close()
+        self._patient = Patient(self.connection)
+        self.rfile = io.BufferedReader(self._patient, _BUFFER)
+        self.server.live[self._patient] = self.connection
+
+    def finish(self) -> None:
+        """The connection is over."""
+        self.server.live.pop(self._patient, None)
+        super().finish()
+
+    def handle_one_request(self) -> None:
+        """One request, once it comes."""
+        self._patient.idle()
+        super().handle_one_request()
 
     def do_GET(self) -> None:
         """Read something."""
@@ -91,6 +125,7 @@ class Handler(BaseHTTPRequestHandler):
         log.info("%s %s", self.address_string(), args[0] % args[1:])
 
     def _serve(self) -> None:
+        self._patient.body()
         self._began = False
         self._left = self._length()
         try:
@@ -323,7 +358,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         self._only("GET", "PATCH", "PUT", "DELETE")
         upload = registry.uploads.find(repository.name, session)
-        if not upload.lock.acquire(timeout=_TIMEOUT_S):
+        if not upload.lock.acquire(timeout=IDLE_S):
             raise Problem(409, "BLOB_UPLOAD_INVALID", "another request writes to this upload")
         try:
             registry.uploads.find(repository.name, session)  # who had the lock may have ended it
