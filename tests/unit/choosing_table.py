@@ -98,7 +98,8 @@ CASES = (
         "We execute Python snippets that an AI agent generates. Each lives for a few seconds and "
         "has to start in a fraction of a second.",
         (
-            "LLM-generated code is run in throw-away environments; cold start must be below 200 ms.",
+            "LLM-generated code is run in throw-away environments; cold start has to be below "
+            "200 ms.",
             "Our assistant writes scripts and runs them at once. Nobody reviews that code.",
         ),
         "microvm",
