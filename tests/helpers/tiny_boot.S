@@ -3,7 +3,12 @@
  * Says "BOOT n" on the first serial line, where n counts in the disk's second sector how often it
  * has booted; then what the third sector holds. Gives back what is typed. Switches off when the
  * power button is pressed (q35: PM1a events at 0x600, control at 0x604).
+ *
+ * READS is how often it then reads 8 sectors, each time from the disk, and says "READ".
  */
+        .ifndef READS
+        .set READS, 0
+        .endif
         .code16
         .globl _start
 _start: cli
@@ -37,6 +42,19 @@ _start: cli
         call say
         mov $line, %si
         call say
+        .if READS
+        movw $8, count
+        mov $READS, %bp
+6:      mov $0x42, %ah
+        mov drive, %dl
+        mov $packet, %si
+        int $0x13
+        jc failed
+        dec %bp
+        jnz 6b
+        mov $done, %si
+        call say
+        .endif
         mov $0x602, %dx                 /* power button enabled */
         mov $0x0100, %ax
         out %ax, %dx
@@ -84,6 +102,7 @@ hello:  .asciz "BOOT "
 space:  .asciz " "
 line:   .asciz "\r\n"
 broken: .asciz "DISK FAILED\r\n"
+done:   .asciz "READ\r\n"
         .balign 4
 packet: .byte 16, 0
 count:  .word 2

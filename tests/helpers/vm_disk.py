@@ -44,11 +44,16 @@ def missing() -> str:
     return ""
 
 
-def provide(here: Installation) -> None:
-    """Give the installation firmware and disk image; bootstraps that if it is not kept yet."""
+def firmware_for(here: Installation) -> None:
+    """Give the installation the firmware, if this system has none."""
     kept = CACHE / "machines/firmware"
     if kept.exists():
-        shutil.copytree(kept, here.root / "machines/firmware")
+        shutil.copytree(kept, here.root / "machines/firmware", dirs_exist_ok=True)
+
+
+def provide(here: Installation) -> None:
+    """Give the installation firmware and disk image; bootstraps that if it is not kept yet."""
+    firmware_for(here)
     sources = [Path(str(module.__file__)).read_bytes() for module in (bootstrap, build)]
     key = hashlib.sha256(b"".join(sources)).hexdigest()[:16]
     place = CACHE / f"vm-{key}"

@@ -194,7 +194,10 @@ class Machine:
         self.inner.dispose(timeout_s)
 
     def _pin(self) -> None:
-        """Give each of its processors one of the host's, by the threads' names (debug-threads)."""
+        """Give each of its processors one of the host's, by the threads' names (debug-threads).
+
+        A machine of one processor that is emulated has a thread for "ALL CPUs".
+        """
         if not self.machine.pinned:
             return
         pinned = self.machine.pinned
@@ -203,7 +206,9 @@ class Machine:
                 for task in os.listdir(f"/proc/{pid}/task"):
                     with open(f"/proc/{pid}/task/{task}/comm", encoding="utf-8") as file:
                         words = file.read().replace("/", " ").split()
-                    if words[:1] == ["CPU"] and words[1].isdecimal():
+                    if words[:2] == ["ALL", "CPUs"]:
+                        os.sched_setaffinity(int(task), pinned)
+                    elif words[:1] == ["CPU"] and words[1].isdecimal():
                         number = int(words[1])
                         os.sched_setaffinity(int(task), {pinned[number % len(pinned)]})
 

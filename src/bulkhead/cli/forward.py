@@ -1,6 +1,7 @@
 """Leading connections from a port of the loopback interface to a unix socket, until ^C."""
 
 import contextlib
+import os
 import socket
 import sys
 import threading
@@ -35,11 +36,20 @@ def forward(context: "Context", place: str, path: str) -> None:
 
 def _lead(near: socket.socket, path: str) -> None:
     with near, socket.socket(socket.AF_UNIX) as far, contextlib.suppress(OSError):
-        far.connect(path)
+        _connect(far, path)
         back = threading.Thread(target=_copy, args=(far, near), daemon=True)
         back.start()
         _copy(near, far)
         back.join()
+
+
+def _connect(sock: socket.socket, path: str) -> None:
+    """By way of its directory: the path itself may be longer than a socket's may be (unix(7))."""
+    folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sock.connect(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
+    finally:
+        os.close(folder)
 
 
 def _copy(source: socket.socket, target: socket.socket) -> None:
