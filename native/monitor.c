@@ -36,6 +36,7 @@
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/random.h>
+#include <sys/reboot.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -135,6 +136,11 @@ static void finish(void)
 {
     uint32_t status = main_process->status;
     exit_code = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+    int members = 0; /* have disks of their own, which are to be written back */
+    for (struct client *c = clients; c; c = c->next)
+        members |= c->member;
+    if (members && !buffer_size(&last_words))
+        frame_add(&last_words, H_SHUTDOWN, 0, (uint32_t)RB_POWER_OFF, NULL, 0);
     if (!buffer_size(&last_words) || vmm_ended || guest < 0)
         leave("exited", "");
     buffer_add(&to_guest, last_words.bytes + last_words.start, buffer_size(&last_words));

@@ -42,6 +42,7 @@ def test_a_machine_has_the_fewest_devices() -> None:
     assert option(words, "-device") == [
         "virtio-serial-device,max_ports=2,bus=virtio-mmio-bus.23",
         "virtserialport,chardev=channel,name=bulkhead.0",
+        "virtio-balloon-device,free-page-reporting=on,deflate-on-oom=on,bus=virtio-mmio-bus.22",
     ]
     assert {"-nodefaults", "-no-user-config"} <= set(words)
     assert option(words, "-sandbox")[0].startswith("on,")
@@ -55,14 +56,16 @@ def test_cards_and_disks_have_their_places() -> None:
         "/kernel", "/initramfs", 9, disks, cards=(qemu.Card(11, "02:00:00:00:00:01"),)
     )
     words = qemu.argv(machine)
-    assert option(words, "-netdev") == ["tap,id=net0,fd=11"]
+    assert option(words, "-netdev") == [
+        "tap,id=net0,fd=11", "hubport,id=spare0,hubid=0", "hubport,id=spare1,hubid=1",
+    ]  # fmt: skip
     first, second, empty = option(words, "-blockdev")
     assert "filename=/disks/0,read-only=on" in first
     assert "filename=/disks/1,read-only=off" in second
     assert empty.startswith("driver=null-co")
     devices = [word for word in option(words, "-device") if "bus." in word]
     buses = [word.rpartition("bus.")[2].partition(",")[0] for word in devices]
-    assert buses == ["23", "22", "21", "20", "19"]
+    assert buses == ["23", "22", "21", "20", "19", "18", "17", "16"]
     assert qemu.disk_names(2) == ["/dev/vda", "/dev/vdb"]
 
 

@@ -47,7 +47,7 @@ FIRMWARE = "/usr/share/qemu/bios-microvm.bin"
 """QEMU's own: some instructions that enter the kernel."""
 EARLY = ("virtio_mmio", "virtio_console")
 """Modules that the guest's init needs before it can speak."""
-MODULES = ("virtio_blk", "virtio_net", "erofs", "overlay", "fuse")
+MODULES = ("virtio_blk", "virtio_net", "virtio_balloon", "erofs", "overlay", "fuse")
 CHANNEL_FD = 9
 FIRST_TAP_FD = 11
 DEFAULT_MEMORY = 256 << 20
@@ -363,7 +363,7 @@ def _cloned(bundle: Bundle, parts: Parts, template: templates.Template) -> Prepa
 
 def _device(cards: int, place: int) -> str:
     """The guest's name for the disk in that place of a template, on its virtio bus."""
-    return f"virtio{1 + cards + place}"
+    return f"virtio{qemu.bus_of_disk(cards, place)}"
 
 
 def _resumed(bundle: Bundle, parts: Parts, saved: templates.Template) -> Prepared:

@@ -21,6 +21,11 @@ def open_process(pid: int) -> OwnedFd:
     return OwnedFd(syscall.call("pidfd_open", pid, 0))
 
 
+def get_descriptor(pidfd: OwnedFd | int, number: int) -> OwnedFd:
+    """A copy of the process's descriptor `number`: the same open file; pidfd_getfd(2). OSError."""
+    return OwnedFd(syscall.call("pidfd_getfd", int(pidfd), number, 0))
+
+
 def send_signal(pidfd: OwnedFd | int, signal: int) -> None:
     """Send `signal`; ProcessLookupError once the process was reaped."""
     syscall.call("pidfd_send_signal", int(pidfd), signal, None, 0)

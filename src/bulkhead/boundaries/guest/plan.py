@@ -15,6 +15,8 @@ is its own anyway. Places in the guest:
     /files/N     small files of the engine's, by the position of their mount
     /shares/ID   directories of the host over the channel (FUSE)
     /volumes/N   disks that are volumes, by the position of their mount
+
+A member of a pod (member.py) has all that below a directory of its own (`Machine.base`).
 """
 
 import errno
@@ -59,6 +61,9 @@ _ENGINE_FILES = frozenset({"/etc/resolv.conf", "/etc/hosts", "/etc/hostname"})
 _FILE_MAX = 256 << 10
 _OPEN_FILES = 1 << 20
 _ALL_CAPABILITIES = frozenset(kernel_capabilities.NAMES)
+JOINED = frozenset({"pid", "ipc"})
+"""The namespaces, beside the network's, that workloads of one guest may share."""
+_JOINING = ("ns-pid", "ns-ipc")
 _DEVICES = frozenset({"/dev/fuse", "/dev/net/tun", "/dev/kmsg"})
 _filters = FilterCache(None)
 _replace = msgspec.structs.replace
@@ -99,10 +104,10 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Inside:
-    """A file that every guest has."""
+    """A file or directory that the guest has anyway."""
 
     path: str
-    directory = False
+    directory: bool = False
 
 
 Source = Written | Share | Disk | Inside
@@ -129,6 +134,10 @@ class Machine:
     poweroff: int = POWER_OFF
     write_back: bool = True
     """Whether the writable disk will be wanted again: the guest then ends by itself."""
+    base: str = ""
+    """A directory for all of the workload's places; "" for that of a guest of its own."""
+    group: str = GROUP
+    """The workload's control group, if there are any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,11 +227,12 @@ def exec_(
     terminal: bool,
     rows: int = 0,
     columns: int = 0,
-    cgroups: bool = True,
+    group: str = GROUP,
+    context: int = MAIN,
     filter_: Filter | None = None,
 ) -> Planned:
-    """One more process in the main process's namespaces."""
-    spec = guest_spec(bundle.spec, cgroups=cgroups)
+    """One more process in the namespaces of process `context`, the main one."""
+    spec = guest_spec(bundle.spec, cgroups=bool(group), joined=JOINED)
     template = exec_template(
         spec,
         _confined(process),
@@ -230,13 +240,13 @@ def exec_(
         terminal=terminal,
         filter_=filter_ or _filter(spec),
         oom_score_adj=0,
-        group=GROUP if cgroups else "",
+        group=group,
         available=_ALL_CAPABILITIES,
     )
     _expect_descriptors(template, (*frames.STREAMS, "target"))
     mode = Mode.TERMINAL if terminal else Mode.PIPES
     program = _sized(template, terminal=terminal, rows=rows, columns=columns)
-    data = frames.run(MAIN, program, mode, context=MAIN, rows=rows, columns=columns)
+    data = frames.run(MAIN, program, mode, context=context, rows=rows, columns=columns)
     compiled = template.compiled
     return Planned(data, {MAIN: compiled.steps}, tuple(compiled.listing))
 
@@ -260,15 +270,22 @@ def show(bundle: Bundle, machine: Machine) -> Planned:
 
 
 def guest_spec(
-    spec: Spec, sources: Mapping[int, Source] | None = None, *, cgroups: bool = True
+    spec: Spec,
+    sources: Mapping[int, Source] | None = None,
+    *,
+    cgroups: bool = True,
+    joined: frozenset[str] = frozenset(),
+    base: str = "",
 ) -> Spec:
     """The configuration as it is carried out inside: without what belongs to the host.
 
     Security labels are dropped (the guest's kernel has no such policy), network settings move to
-    the set-up, control groups are v2's. `sources` give the binds' places inside.
+    the set-up, control groups are v2's. `sources` give the binds' places inside. Of the namespaces
+    of others, which are those of the same guest, the kinds `joined` may be shared.
     """
     linux = spec.linux
-    shared = [n.type_ for n in linux.namespaces if n.path and n.type_ != "network"]
+    apart = {"network", *joined}
+    shared = [n.type_ for n in linux.namespaces if n.path and n.type_ not in apart]
     if shared:
         raise Unsupported(
             f"a workload with a kernel of its own cannot share {', '.join(shared)} namespaces"
@@ -285,7 +302,7 @@ def guest_spec(
         kept = [n for n in kept if n.type_ != "cgroup"]
     inside: Linux = _replace(
         linux,
-        namespaces=[Namespace(n.type_) for n in kept],
+        namespaces=[Namespace(n.type_, n.path) for n in kept],
         sysctl={name: value for name, value in linux.sysctl.items() if not _is_network(name)},
         mount_label="",
         cgroups_path="",
@@ -294,7 +311,10 @@ def guest_spec(
     )
     process = _confined(spec.process) if spec.process is not None else None
     found: Spec = _replace(
-        spec, linux=inside, process=process, mounts=_mounts(spec, sources or {}, cgroups=cgroups)
+        spec,
+        linux=inside,
+        process=process,
+        mounts=_mounts(spec, sources or {}, cgroups=cgroups, base=base),
     )
     return found
 
@@ -312,13 +332,13 @@ def _confined(process: Process) -> Process:
     return found
 
 
-def _mounts(spec: Spec, sources: Mapping[int, Source], *, cgroups: bool) -> list[Mount]:
+def _mounts(spec: Spec, sources: Mapping[int, Source], *, cgroups: bool, base: str) -> list[Mount]:
     """In the positions of `spec`; a guest without control groups has an empty directory there."""
     found: list[Mount] = []
     for position, mount in enumerate(spec.mounts):
         if mounts.is_bind(mount):
             source = sources.get(position)
-            place = mount.source if source is None else _place(position, source)
+            place = mount.source if source is None else _place(base, position, source)
             kept = [o for o in mount.options if mounts.parse([o]).propagation == 0]
             mount = _replace(mount, source=place, options=kept)
         elif mount.type_ in ("cgroup", "cgroup2"):
@@ -330,13 +350,15 @@ def _mounts(spec: Spec, sources: Mapping[int, Source], *, cgroups: bool) -> list
     return found
 
 
-def _place(position: int, source: Source) -> str:
+def _place(base: str, position: int, source: Source) -> str:
     if isinstance(source, Written):
-        return f"/files/{position}"
+        return f"{base}/files/{position}"
     if isinstance(source, Inside):
         return source.path
-    base = f"/shares/{source.number}" if isinstance(source, Share) else f"/volumes/{position}"
-    return f"{base}/{source.path}" if source.path else base
+    place = f"{base}/volumes/{position}"
+    if isinstance(source, Share):
+        place = f"{base}/shares/{source.number}"
+    return f"{place}/{source.path}" if source.path else place
 
 
 def engine_files(spec: Spec) -> dict[int, Source]:
@@ -386,10 +408,11 @@ def _main(
             raise Unsupported(
                 f"mount {mount.destination}: this boundary cannot bind {mount.source} of the host"
             )
-    lowers = tuple(f"/layers/{number}" for number in range(len(machine.layers)))
+    base = machine.base
+    lowers = tuple(f"{base}/layers/{number}" for number in range(len(machine.layers)))
     rootfs = Rootfs(lowers)
     if machine.upper:
-        rootfs = Rootfs(lowers, "/upper/upper", "/upper/work")
+        rootfs = Rootfs(lowers, f"{base}/upper/upper", f"{base}/upper/work")
     ground = Ground(
         appends_layers=False,
         cgroup_version=2,
@@ -398,10 +421,11 @@ def _main(
             for position in range(len(spec.mounts))
         ),
         available=_ALL_CAPABILITIES,
-        group=GROUP if machine.cgroups else "",
+        group=machine.group if machine.cgroups else "",
     )
     template = plan_launch(spec, rootfs, ground, filter_ or _filter(spec), terminal=terminal)
-    _expect_descriptors(template, frames.STREAMS)
+    joined = tuple(key for key in template.fds if key in _JOINING)
+    _expect_descriptors(template, (*frames.STREAMS, *joined))
     return template
 
 
@@ -417,8 +441,9 @@ def _sized(template: Template, *, terminal: bool, rows: int, columns: int) -> by
 
 
 def _unmounts(machine: Machine, sources: Mapping[int, Source]) -> list[str]:
-    disks = [f"/volumes/{n}" for n, source in sources.items() if isinstance(source, Disk)]
-    return [*disks, "/upper"] if machine.upper else disks
+    base = machine.base
+    disks = [f"{base}/volumes/{n}" for n, source in sources.items() if isinstance(source, Disk)]
+    return [*disks, f"{base}/upper"] if machine.upper else disks
 
 
 # --- set-up --------------------------------------------------------------------------------------
@@ -455,10 +480,10 @@ def _setup(
     for driver, device in machine.devices:
         path = f"/sys/bus/virtio/drivers/{driver}/bind"
         program.write(f"use {device} as {driver}", AT_FDCWD, path, device)
-    _plan_disks(program, machine, sources)
+    plan_disks(program, machine, sources)
     if machine.cgroups:
-        _plan_group(program, bundle.spec)
-    plan_files(program, sources)
+        plan_group(program, bundle.spec, machine.group)
+    plan_files(program, sources, machine.base)
     _plan_network(program, bundle, machine)
     if spec.hostname and spec.linux.namespace("uts") is None:
         name = spec.hostname.encode()
@@ -488,38 +513,41 @@ def _mount(program: Program, device: str, path: str, fstype: str, flags: int) ->
     program.call(step, "mount", device, path, fstype, flags, None)
 
 
-def _plan_disks(program: Program, machine: Machine, sources: Mapping[int, Source]) -> None:
-    _directory(program, "/layers")
+def plan_disks(program: Program, machine: Machine, sources: Mapping[int, Source]) -> None:
+    """Mount layers, writable disk and volumes; make the places of what comes otherwise."""
+    base = machine.base
+    _directory(program, f"{base}/layers")
     for number, device in enumerate(machine.layers):
-        _mount(program, device, f"/layers/{number}", "erofs", MS_RDONLY)
+        _mount(program, device, f"{base}/layers/{number}", "erofs", MS_RDONLY)
     if machine.upper:
-        _mount(program, machine.upper, "/upper", "ext4", MS_NOATIME)
-        _directory(program, "/upper/upper")
-        _directory(program, "/upper/work", 0o700)
-    for folder in ("/files", "/shares", "/volumes"):
-        _directory(program, folder)
+        _mount(program, machine.upper, f"{base}/upper", "ext4", MS_NOATIME)
+        _directory(program, f"{base}/upper/upper")
+        _directory(program, f"{base}/upper/work", 0o700)
+    for folder in ("files", "shares", "volumes"):
+        _directory(program, f"{base}/{folder}")
     for position, source in sorted(sources.items()):
         if isinstance(source, Disk):
             flags = MS_NODEV | MS_NOSUID | (MS_RDONLY if source.readonly else 0)
-            _mount(program, source.device, f"/volumes/{position}", source.fstype, flags)
+            place = f"{base}/volumes/{position}"
+            _mount(program, source.device, place, source.fstype, flags)
         elif isinstance(source, Share):
-            _directory(program, f"/shares/{source.number}")
+            _directory(program, f"{base}/shares/{source.number}")
 
 
-def plan_files(program: Program, sources: Mapping[int, Source]) -> None:
+def plan_files(program: Program, sources: Mapping[int, Source], base: str = "") -> None:
     """Write the small files among `sources`, or write them anew."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
     for position, source in sorted(sources.items()):
         if isinstance(source, Written):
             step = f"write file {position}"
-            path = f"/files/{position}"
+            path = f"{base}/files/{position}"
             fd = program.call(step, "openat", AT_FDCWD, path, flags, source.mode)
             if source.content:
                 program.call(step, "write", fd, source.content, len(source.content))
             program.call(step, "close", fd)
 
 
-def _plan_group(program: Program, spec: Spec) -> None:
+def plan_group(program: Program, spec: Spec, group: str) -> None:
     """The workload's control group: its number of tasks; memory and CPU are the machine's size."""
     base = "/sys/fs/cgroup"
     mounted = (errno.EBUSY,)
@@ -528,11 +556,11 @@ def _plan_group(program: Program, spec: Spec) -> None:
     for controller in ("memory", "pids", "cpu", "io", "cpuset"):
         step = f"pass on controller {controller}"
         program.write(step, AT_FDCWD, f"{base}/cgroup.subtree_control", f"+{controller}", ok=none)
-    _directory(program, GROUP)
+    _directory(program, group)
     resources = spec.linux.resources
     limit = resources.pids.limit if resources is not None and resources.pids is not None else 0
     if limit > 0:
-        program.write("limit the number of tasks", AT_FDCWD, f"{GROUP}/pids.max", str(limit))
+        program.write("limit the number of tasks", AT_FDCWD, f"{group}/pids.max", str(limit))
 
 
 def _plan_network(program: Program, bundle: Bundle, machine: Machine) -> None:

@@ -10,10 +10,14 @@ down, and every workload has the same layout, so that a template fits all of one
 
     bus 23    virtio-serial with the port "bulkhead.0"
     bus 22…   network cards                                     eth0, eth1, …
+    then      spare cards, connected with nothing               for networks of a running guest
+    then      the balloon
     then      disks                                             /dev/vda, /dev/vdb, …
 
 Disks of a booted machine are in the order of `Machine.disks`. A template has empty ones in all
-places: the first WRITABLE of them can be written, the others cannot (`places`).
+places: the first WRITABLE of them can be written, the others cannot (`places`). A spare card is on
+a hub, to which a tap can be led later (hot.py); a guest that was booted with KVM's saved state has
+them too.
 """
 
 from collections.abc import Sequence
@@ -23,6 +27,7 @@ from typing import Any
 from bulkhead.errors import Invalid, Unsupported
 
 BINARY = "/usr/bin/qemu-system-x86_64"
+_SPARE_MAC = "02:00:00:00:00:00"
 PORT = "bulkhead.0"
 """The name of the virtio port that carries the guest protocol."""
 TRANSPORTS = 24
@@ -30,7 +35,7 @@ MIN_MEMORY = 96 << 20
 """Bytes below which the cloud kernel does not reach its process 1."""
 TRANSLATED_CODE = 128 << 20
 """Bytes that TCG may keep of translated code; a clone shares what its template had translated."""
-WRITABLE = 4
+WRITABLE = 5
 """Places of a template for disks that can be written."""
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -81,6 +86,11 @@ class Machine:
     confined: bool = True
     binary: str = BINARY
 
+    @property
+    def spares(self) -> int:
+        """How many spare cards it has."""
+        return spares(len(self.cards))
+
 
 def argv(machine: Machine) -> list[str]:
     """QEMU's command line; Invalid or Unsupported for what no microVM can be."""
@@ -104,6 +114,12 @@ def argv(machine: Machine) -> list[str]:
             words += ["-netdev", f"tap,id=net{number},fd={card.tap_fd}"]
             device += f",netdev=net{number}"
         words += ["-device", device]
+    for number in range(machine.spares):
+        words += ["-netdev", f"hubport,id=spare{number},hubid={hub(number)}"]
+        device = f"virtio-net-device,mac={_SPARE_MAC},netdev=spare{number}"
+        words += ["-device", f"{device},{_bus(1 + len(machine.cards) + number)}"]
+    balloon = "virtio-balloon-device,free-page-reporting=on,deflate-on-oom=on"
+    words += ["-device", f"{balloon},{_bus(1 + len(machine.cards) + machine.spares)}"]
     for place in range(len(machine.disks)):
         words += _disk(machine, place)
     if machine.control_fd >= 0:
@@ -188,17 +204,49 @@ def _disk(machine: Machine, place: int) -> list[str]:
         node = disk_node(disk, place)
     words = ",".join(f"{name}={_option(value)}" for name, value in node.items())
     device = f"virtio-blk-device,id={device_name(place)},drive={node['node-name']},"
-    return ["-blockdev", words, "-device", device + _bus(1 + len(machine.cards) + place)]
+    bus = _bus(bus_of_disk(len(machine.cards), place))
+    return ["-blockdev", words, "-device", device + bus]
+
+
+def spares(cards: int) -> int:
+    """How many spare cards a machine with `cards` network cards has."""
+    return max(1, 3 - cards) if cards else 0
+
+
+def hub(number: int) -> int:
+    """The hub that spare card `number` is on."""
+    return number
+
+
+def bus_of_card(number: int) -> int:
+    """The place on the virtio bus of a card; the spare ones come after the others."""
+    return 1 + number
+
+
+def bus_of_balloon(cards: int) -> int:
+    """That of the balloon."""
+    return 1 + cards + spares(cards)
+
+
+def bus_of_disk(cards: int, place: int) -> int:
+    """That of the disk in `place`."""
+    return bus_of_balloon(cards) + 1 + place
 
 
 def disk_node(disk: Disk, place: int) -> dict[str, Any]:
     """The block node of a disk, as `blockdev-add` takes it."""
-    node: dict[str, Any] = {"driver": "file", "node-name": f"disk{place}", "filename": disk.path}
+    name = disk_name(place)
+    node: dict[str, Any] = {"driver": "file", "node-name": name, "filename": disk.path}
     # The engine's own lock on a workload is enough; layers are many guests' at once.
     node |= {"read-only": disk.readonly, "locking": "off"}
     if not disk.readonly:
         node["discard"] = "unmap"
     return node
+
+
+def disk_name(place: int) -> str:
+    """The block node of the disk in that place."""
+    return f"disk{place}"
 
 
 def empty_name(place: int) -> str:
@@ -229,7 +277,7 @@ def places(disks: Sequence[Disk], cards: int) -> list[int]:
 
 def max_disks(cards: int) -> int:
     """How many disks there is room for beside `cards` network cards."""
-    return TRANSPORTS - 1 - cards
+    return TRANSPORTS - bus_of_disk(cards, 0)
 
 
 def disk_names(count: int) -> list[str]:
