@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from bulkhead.keeper import logs
-from tests.helpers.processes import PYTHON, Rig, eventually, rig, within
+from bulkhead.keeper.client import KeeperClient
+from bulkhead.keeper.pump import ORPHAN_S
+from tests.helpers.processes import DEADLINE_S, PYTHON, Rig, eventually, rig, within
 
 
 class Drain:
@@ -213,6 +216,54 @@ def test_a_dead_client_is_dropped(tmp_path: Path) -> None:
             await within(it.keeper.drained("a"))
 
     asyncio.run(main())
+
+
+def test_output_waits_only_for_clients_that_outlive_their_engine(tmp_path: Path) -> None:
+    script = "read x; echo $x; read y"
+
+    async def main() -> None:
+        async with rig(tmp_path, keeper=True) as it:
+            inputs = {name: os.pipe() for name in ("leaves", "returns")}
+            engine = KeeperClient(it.home)
+            try:
+                async with contextlib.AsyncExitStack() as stack:
+                    outs = []
+                    for name, (read, _) in inputs.items():
+                        await it.run_kept(name, ["/bin/sh", "-c", script], stdin_open=True)
+                        out = Drain()
+                        stack.callback(out.close)
+                        # The input comes by another client, which stays.
+                        await stack.enter_async_context(it.keeper.attaching(name, stdin=read))
+                        await stack.enter_async_context(
+                            engine.attaching(name, stdout=out.write, returns=name == "returns")
+                        )
+                        out.close_write()
+                        outs.append(out)
+                    begun = time.monotonic()
+                    await engine.close()
+                    for out in outs:
+                        await within(out.ended.wait())
+                    for name, (_, write) in inputs.items():
+                        os.write(write, f"{name}\n".encode())
+                    await _logged(it, "leaves", b"leaves\n")
+                    if time.monotonic() - begun < ORPHAN_S / 2:
+                        assert await it.logged("returns") == b""
+                    async with attached(it, "returns") as (back, _, _):
+                        await eventually(lambda: back.data == b"returns\n", "it comes back")
+                    await _logged(it, "returns", b"returns\n")
+            finally:
+                for pair in inputs.values():
+                    for fd in pair:
+                        os.close(fd)
+
+    asyncio.run(main())
+
+
+async def _logged(it: Rig, name: str, expected: bytes) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while await it.logged(name) != expected:
+        assert time.monotonic() < end, f"{name} is not logged"
+        await asyncio.sleep(0.005)
 
 
 def test_rotation_bounds_the_log_and_a_follower_sees_everything(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ async def start(x: Exchange) -> object:
     stdin, stdout = request.attach_stdin, request.attach_stdout
     stderr = request.attach_stderr and not request.tty
     session = Session(x, raw=request.tty, stdin=stdin, stdout=stdout, stderr=stderr)
-    params |= {"stdin": stdin, "stdout": stdout, "stderr": stderr}
+    params |= {"stdin": stdin, "stdout": stdout, "stderr": stderr, "returns": False}
     complete = False
     try:
         stream = x.hijack(kind_of(x, terminal=request.tty))

@@ -178,7 +178,7 @@ async def connected(
             return
         stdin, stdout, stderr = session.lend()
         async with engine.processes.keeper.attaching(
-            record.id, stdin=stdin, stdout=stdout, stderr=stderr, detach_keys=keys
+            record.id, stdin=stdin, stdout=stdout, stderr=stderr, detach_keys=keys, returns=False
         ) as attached:
             engine.events.emit("container", "attach", record.id, attributes(workload))
             session.start(begin())

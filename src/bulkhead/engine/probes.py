@@ -44,7 +44,7 @@ async def command(engine: "Engine", workload: Workload, argv: list[str]) -> tupl
     engine.loop.add_reader(reading, readable)
     attached = engine.spawn(
         engine.processes.keeper.attach(
-            execution.identity, stdin=None, stdout=writing, stderr=writing
+            execution.identity, stdin=None, stdout=writing, stderr=writing, returns=False
         )
     )
     try:

@@ -39,6 +39,8 @@ class Start(One, frozen=True):
     stdin: bool | None = None
     stdout: bool | None = None
     stderr: bool | None = None
+    returns: bool = True
+    """Whether the client attaches again should this engine be killed."""
 
 
 class Resize(One, frozen=True):
@@ -76,7 +78,12 @@ async def start(engine: Engine, params: Start, call: Call) -> dict[str, Any]:
         keys = detach_keys(params.detach_keys or request.detach_keys)
         stdin, stdout, stderr = streams.lend()
         async with engine.processes.keeper.attaching(
-            execution.identity, stdin=stdin, stdout=stdout, stderr=stderr, detach_keys=keys
+            execution.identity,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            detach_keys=keys,
+            returns=params.returns,
         ) as attached:
             starting = engine.spawn(
                 engine.execs.start(execution, rows=rows, columns=columns, stdin=wanted[0])

@@ -127,12 +127,15 @@ class KeeperClient:
         stderr: int | None = None,
         detach_keys: bytes = b"\x10\x11",
         wait: bool = True,
+        returns: bool = True,
     ) -> str:
         """Connect descriptors (lent) to a process until it ends: "exited", "detached", or "gone".
 
         "gone": the client's outputs are closed, or the process was released. With `wait` the
         process need not exist yet: attach before the launch and no output is missed; cancel it if
         the launch fails. Detach keys are looked for if there is a stdin and they are not empty.
+        `returns`: whether the client will be attached again should this engine be killed; output
+        waits for it then.
         """
         async with self.attaching(
             identity,
@@ -141,6 +144,7 @@ class KeeperClient:
             stderr=stderr,
             detach_keys=detach_keys,
             wait=wait,
+            returns=returns,
         ) as ended:
             return await ended
 
@@ -154,6 +158,7 @@ class KeeperClient:
         stderr: int | None = None,
         detach_keys: bytes = b"\x10\x11",
         wait: bool = True,
+        returns: bool = True,
     ) -> AsyncIterator["asyncio.Future[str]"]:
         """`attach` as a block: inside, the keeper has been asked; leaving cancels the attachment.
 
@@ -162,6 +167,7 @@ class KeeperClient:
         bits = ((stdin, Wire.STDIN), (stdout, Wire.STDOUT), (stderr, Wire.STDERR))
         lent = [(fd, bit) for fd, bit in bits if fd is not None]
         flags = sum(bit for _, bit in lent) | (Wire.WAIT if wait else 0)
+        flags |= 0 if returns else Wire.ENGINES
         keys = detach_keys if stdin is not None else b""
         sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         body, fds = keys + identity.encode(), [fd for fd, _ in lent]

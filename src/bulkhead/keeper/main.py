@@ -42,7 +42,8 @@ class Wire:
     """Messages of keeper.sock: u32 kind, u32 number, u32 a, u32 b, then bytes.
 
     ATTACH   a: 1 stdin | 2 stdout | 4 stderr (descriptors in this order) | 8 wait for an unknown
-             id; b: length of the detach keys; keys, id. Answered at the end: exited|detached|gone
+             id | 16 ends with the engine: no output waits for it; b: length of the detach keys;
+             keys, id. Answered at the end: exited|detached|gone
     CANCEL   a: number of an ATTACH
     RESIZE   a: rows, b: columns; id
     DRAINED  id; answered when all output of the ended process is logged and forwarded
@@ -51,7 +52,7 @@ class Wire:
 
     HEAD = struct.Struct("=4I")
     ATTACH, CANCEL, RESIZE, DRAINED, RELEASE = range(1, 6)
-    STDIN, STDOUT, STDERR, WAIT = 1, 2, 4, 8
+    STDIN, STDOUT, STDERR, WAIT, ENGINES = 1, 2, 4, 8, 16
     ANSWER = 64
 
 
@@ -226,11 +227,16 @@ class Client:
         self._keeper.loop.unwatch(self._sock.fileno())
         self._sock.close()
         self._sock = None
-        for workload, attachment, _ in list(self._attachments.values()):
-            if workload is not None:
+        # First those that cannot come back, so that nobody waits for them.
+        for workload, attachment, _ in sorted(
+            self._attachments.values(), key=lambda one: one[1].returns
+        ):
+            if workload is None:
+                attachment.finish(self._keeper.loop, "gone")
+            elif attachment.returns:
                 workload.orphan(attachment)
             else:
-                attachment.finish(self._keeper.loop, "gone")
+                workload.detach(attachment, "gone")
         self._attachments.clear()
         self._keeper.note_attached()
 
@@ -305,6 +311,7 @@ class Client:
             self._answer(number, why)
 
         attachment = Attachment((streams[0], streams[1], streams[2]), keys, done)
+        attachment.returns = not flags & Wire.ENGINES
         workload = self._keeper.workloads.get(identity)
         self._attachments[number] = (workload, attachment, identity)
         if workload is None and not flags & Wire.WAIT:

@@ -60,6 +60,8 @@ class Attachment:
         self.pending = [b"", b"", b""]
         self.input_ready = False
         self.ended = False
+        self.returns = True
+        """Whether it outlives its engine: its client connects again through the next one."""
         self._done = done
 
     def blocked(self) -> bool:
