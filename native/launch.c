@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/sched.h>
+#include <poll.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/prctl.h>
@@ -21,6 +22,7 @@
 #include <unistd.h>
 
 static long slots[PROGRAM_MAX_OPS];
+int program_parent = -1;
 
 /* --- checking ------------------------------------------------------------------------------ */
 
@@ -241,6 +243,15 @@ static long do_send_fd(const struct run *run, const struct op *op)
     return sendmsg(run->channel, &msg, MSG_NOSIGNAL) < 0 ? -errno : 0;
 }
 
+long program_follow_parent(void)
+{
+    struct pollfd parent = {.fd = program_parent, .events = POLLIN};
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL))
+        return -errno;
+    /* One that ended before that sends no signal. */
+    return program_parent >= 0 && poll(&parent, 1, 0) != 0 ? -ESRCH : 0;
+}
+
 static long do_fork(const struct run *run)
 {
     /* With CLONE_PARENT_SETTID the pid is in shared memory before the new process runs. */
@@ -252,7 +263,7 @@ static long do_fork(const struct run *run)
     if (pid > 0)
         for (;;)
             syscall(SYS_exit_group, 0);
-    return result(prctl(PR_SET_PDEATHSIG, SIGKILL));
+    return program_follow_parent();
 }
 
 static long do_gate(const struct run *run, const struct op *op)

@@ -50,6 +50,12 @@ struct progress {
 /* NULL, or why the program is refused. `new_pid`: it starts in a PID namespace of its own. */
 const char *program_check(const void *program, size_t size, unsigned fds, int new_pid);
 
+/* A pidfd of the child's parent where getppid() cannot tell (another PID namespace), else -1. */
+extern int program_parent;
+
+/* In the child: end with the parent (PR_SET_PDEATHSIG). 0, -errno; -ESRCH if it has ended already. */
+long program_follow_parent(void);
+
 /* In the child: interpret. `program` is private writable memory that was checked. */
 _Noreturn void program_run(void *program, const int *fds, int channel, struct progress *progress);
 

@@ -14,7 +14,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from bulkhead import _native
 from bulkhead.runtime.examples import example
+from bulkhead.runtime.records import PLANNER
+from tests.helpers.waiting import until
+
+NATIVE = Path(str(_native.__file__)).parent / "bulkhead-runtime"
 
 APPLETS = ("sh", "true", "echo", "cat", "id", "ls", "sleep", "head", "wc", "stat", "mount", "kill")
 Change = Callable[[dict[str, Any]], None]
@@ -34,10 +39,14 @@ def make_root(place: Path) -> None:
 
 
 class Bundle:
-    """One bundle and one runtime root; `run`, `create` and the like by the command line."""
+    """One bundle and one runtime root; `run`, `create` and the like by the command line.
 
-    def __init__(self, folder: Path) -> None:
+    By `python -m`, or (`native`) by the native client.
+    """
+
+    def __init__(self, folder: Path, *, native: bool = False) -> None:
         self.folder = folder
+        self.native = native
         self.path = folder / "bundle"
         make_root(self.path / "rootfs")
         self.state = folder / "state"
@@ -57,7 +66,8 @@ class Bundle:
 
     def command(self, *words: str) -> list[str]:
         """The command line of one call."""
-        return [sys.executable, "-m", "bulkhead.runtime", "--root", str(self.state), *words]
+        program = [str(NATIVE)] if self.native else [sys.executable, "-m", "bulkhead.runtime"]
+        return [*program, "--root", str(self.state), *words]
 
     def call(
         self, *words: str, code: int | None = 0, stdin: str | None = None, timeout_s: float = 120
@@ -87,6 +97,21 @@ class Bundle:
             check=False,
         )
         assert done.returncode == 0, words
+
+    @contextlib.contextmanager
+    def planner(self) -> Iterator[int]:
+        """A planner for the root while this lasts; its process id."""
+        folder = self.state / PLANNER
+        folder.mkdir(mode=0o700, parents=True)
+        environment = {**os.environ, "BULKHEAD_RUNTIME_PLANNER_WATCH": "0"}
+        command = [str(NATIVE), "planner", str(folder)]
+        with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) as process:
+            socket_ = folder / str(os.stat("/proc/self/ns/mnt").st_ino)
+            until(lambda: socket_.exists() or process.poll() is not None, "the planner's socket")
+            try:
+                yield process.pid
+            finally:
+                process.terminate()
 
     def create(self, name: str, *options: str) -> None:
         """`create` with the standard streams in files, as a shim has them."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from tests.helpers.runtime_rig import Bundle
 OUTSIDE = ("prestart", "createRuntime", "poststart", "poststop")
 
 
-@pytest.fixture
-def bundle(tmp_path: Path) -> Iterator[Bundle]:
-    with residue(str(tmp_path)):
-        made = Bundle(tmp_path)
+@pytest.fixture(params=["python", "planner"])
+def bundle(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Bundle]:
+    with residue(str(tmp_path)), ExitStack() as stack:
+        made = Bundle(tmp_path, native=request.param == "planner")
+        if made.native:
+            stack.enter_context(made.planner())
         yield made
         for name in made.call("list", "-q").stdout.split():
             made.call("delete", "--force", name)

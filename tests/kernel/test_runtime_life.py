@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from tests.helpers.runtime_rig import Bundle, console, read_to_end
 from tests.helpers.waiting import until
 
 
-@pytest.fixture
-def bundle(tmp_path: Path) -> Iterator[Bundle]:
-    with residue(str(tmp_path)):
-        made = Bundle(tmp_path)
+@pytest.fixture(params=["python", "planner"])
+def bundle(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Bundle]:
+    with residue(str(tmp_path)), ExitStack() as stack:
+        made = Bundle(tmp_path, native=request.param == "planner")
+        if made.native:
+            stack.enter_context(made.planner())
         yield made
         for name in made.call("list", "-q").stdout.split():
             made.call("delete", "--force", name)

@@ -1,10 +1,11 @@
 """The container boundary: the host's own kernel, divided by namespaces, control groups and filters.
 
-Implements the seam and its optional Protocols Pausable, Updatable and Measured. Nothing runs beside
-a container's own processes: this is a thin layer that makes launch programs and reads the kernel.
+Also Pausable, Updatable and Measured. Nothing runs beside a container's own processes: this makes
+launch programs and reads the kernel.
 """
 
 import contextlib
+import copy
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from bulkhead.boundary.seam import (
     Bundle,
     InstanceState,
     Launched,
+    Launcher,
     LaunchRequest,
     Missing,
     Report,
@@ -56,6 +58,12 @@ class ContainerBoundary:
         self.stocked = Stock()
         self.null = OwnedFd(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
         self._inherited: int | None = None
+
+    def over(self, launcher: Launcher) -> "ContainerBoundary":
+        """The same with another launcher: programs, filters and stock are shared."""
+        other = copy.copy(self)
+        other.launcher, other._inherited = launcher, None
+        return other
 
     def probe(self) -> Report:
         """What this host can do, found out by trying."""
@@ -214,8 +222,6 @@ class Container:
         self._pidfd = pidfd.open_process(pid)
         self._pid = pid
         self._started = procfs.start_time(pid)
-
-    # --- seam ------------------------------------------------------------------------------
 
     async def start(self, stdio: Stdio) -> Launched:
         """Run the configured process; LaunchFailed and its kinds name the step that failed."""

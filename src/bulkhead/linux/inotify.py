@@ -6,6 +6,7 @@ from bulkhead.linux import syscall
 
 CLOSE_WRITE = 0x00000008
 MOVED_TO = 0x00000080
+MOVED_FROM = 0x00000040
 DELETE = 0x00000200
 
 

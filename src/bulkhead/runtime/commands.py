@@ -4,7 +4,7 @@ import json
 import signal
 
 from bulkhead.errors import Invalid, Unsupported
-from bulkhead.runtime import console, lifecycle
+from bulkhead.runtime import console, lifecycle, parent
 from bulkhead.runtime.lifecycle import Options
 from bulkhead.runtime.main import Context
 from bulkhead.runtime.records import state as spec_state
@@ -31,9 +31,7 @@ def create(context: Context) -> int:
     """Make a container; its program waits for `start`."""
     options = _options(context)
     context.records.path(context.arguments[0])
-    spec, _ = lifecycle.read_bundle(options.bundle)
-    if spec.process is not None and spec.process.terminal and not options.console_socket:
-        raise Invalid("process.terminal needs --console-socket with create")
+    _refuse_terminal(context, options, "create")
     lifecycle.create(context.records, context.arguments[0], options)
     return 0
 
@@ -49,12 +47,10 @@ def run(context: Context) -> int:
     options = _options(context)
     identity = context.arguments[0]
     detach = context.flag("detach")
+    _refuse_terminal(context, options, "run")
     if not detach and not context.flag("no-subreaper"):
-        lifecycle.become_subreaper()
+        parent.current().adopt_orphans()
     record = lifecycle.create(context.records, identity, options)
-    if detach and options.master:
-        _remove(context, identity)
-        raise Invalid("process.terminal needs --console-socket with --detach")
     try:
         lifecycle.start(context.records, identity, context.warn)
     except BaseException:
@@ -64,10 +60,20 @@ def run(context: Context) -> int:
         return 0
     for master in options.master:
         console.relay(master)
-    code = lifecycle.wait(record.pid)
-    if not context.flag("keep"):
-        _remove(context, identity)
-    return code
+    after = () if context.flag("keep") else (*context.again(), "delete", "--force", identity)
+    return parent.current().follow(record.pid, after)
+
+
+def _refuse_terminal(context: Context, options: Options, command: str) -> None:
+    """A terminal without a console socket is carried by the process that the caller started."""
+    if not options.console_socket:
+        spec, _ = lifecycle.read_bundle(options.bundle)
+        if spec.process is not None and spec.process.terminal:
+            if command == "create":
+                raise Invalid("process.terminal needs --console-socket with create")
+            if context.flag("detach"):
+                raise Invalid("process.terminal needs --console-socket with --detach")
+            parent.current().require_caller("carries a terminal")
 
 
 def _remove(context: Context, identity: str) -> None:

@@ -8,7 +8,7 @@ from bulkhead.boundary.seam import Stdio
 from bulkhead.errors import Conflict, Invalid, NotFound, Unsupported
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.oci.runtime import Capabilities, Process, User, validate_process
-from bulkhead.runtime import console, lifecycle
+from bulkhead.runtime import console, lifecycle, parent
 from bulkhead.runtime.driving import drive
 from bulkhead.runtime.main import Context
 from bulkhead.runtime.records import Record
@@ -30,8 +30,10 @@ def exec_(context: Context) -> int:
     socket = context.text("console-socket")
     if detach and process.terminal and not socket:
         raise Invalid("a detached process with a terminal needs --console-socket")
+    if process.terminal and not socket:
+        parent.current().require_caller("carries a terminal")
     if not detach:
-        lifecycle.become_subreaper()
+        parent.current().adopt_orphans()
     masters: list[OwnedFd] = []
 
     def take(_pid: int, master: OwnedFd) -> bool:
@@ -53,7 +55,7 @@ def exec_(context: Context) -> int:
         return 0
     for master in masters:
         console.relay(master)
-    return lifecycle.wait(launched.pid)
+    return parent.current().follow(launched.pid, ())
 
 
 def _refuse(context: Context) -> None:

@@ -25,6 +25,7 @@ from bulkhead.linux.fds import OwnedFd
 from bulkhead.linux.mounts import AT_FDCWD
 from bulkhead.linux.program import Program
 from bulkhead.oci.runtime import Hook, Spec
+from bulkhead.runtime import parent
 from bulkhead.runtime.driving import drive
 from bulkhead.runtime.spawner import Spawner
 
@@ -72,9 +73,9 @@ class Point:
                 poller.register(int(process), select.POLLIN)
                 if not poller.poll(hook.timeout * 1000 if hook.timeout else None):
                     os.kill(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
+                    parent.current().reap(pid)
                     return f"timeout of {hook.timeout} s"
-            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            code = os.waitstatus_to_exitcode(parent.current().reap(pid))
             if code == 0:
                 return ""
             text = os.pread(int(said), _SAID, 0).decode(errors="replace").strip()
@@ -83,13 +84,34 @@ class Point:
 
 
 def outside(hook: Hook, given: OwnedFd, said: OwnedFd) -> int:
-    """A hook that runs where we run."""
-    environment = dict(variable.partition("=")[::2] for variable in hook.env)
-    out = int(said)
-    actions = [
-        (os.POSIX_SPAWN_DUP2, fd, number) for number, fd in ((0, int(given)), (1, out), (2, out))
-    ]
-    return os.posix_spawn(hook.path, hook.args or [hook.path], environment, file_actions=actions)
+    """A hook that runs where the runtime runs."""
+    program, fds = Program(), FdTable()
+    common.plan_streams(program, fds)
+    program.close("close all other descriptors")
+    program.exec("execute the hook", [hook.path], hook.args or [hook.path], hook.env)
+    compiled = program.compile()
+    return _launch(compiled.data, compiled.steps, fds.keys, _streams(given, said))
+
+
+def _streams(given: OwnedFd, said: OwnedFd) -> dict[str, int]:
+    return {"stdin": int(given), "stdout": int(said), "stderr": int(said)}
+
+
+def _launch(
+    data: bytes, steps: Sequence[str], keys: Sequence[str], have: dict[str, int], cgroup: int = -1
+) -> int:
+    request = LaunchRequest(
+        id="hook",
+        program=data,
+        clone_flags=0,
+        fds=[have[key] for key in keys],
+        steps=steps,
+        cgroup_fd=cgroup,
+    )
+    launched = drive(Spawner().launch(request))
+    if launched.pidfd is not None:
+        launched.pidfd.close()
+    return launched.pid
 
 
 class Inside:
@@ -144,20 +166,6 @@ class Inside:
         said: OwnedFd,
     ) -> int:
         with pidfd.open_process(self.pid) as target:
-            have = {
-                "stdin": int(given), "stdout": int(said), "stderr": int(said),
-                "target": int(target),
-            }  # fmt: skip
+            have = _streams(given, said) | {"target": int(target)}
             have |= {f"join{position}": int(fd) for position, fd in enumerate(self.joins)}
-            request = LaunchRequest(
-                id="hook",
-                program=data,
-                clone_flags=0,
-                fds=[have[key] for key in keys],
-                steps=steps,
-                cgroup_fd=self.cgroup,
-            )
-            launched = drive(Spawner().launch(request))
-            if launched.pidfd is not None:
-                launched.pidfd.close()
-            return launched.pid
+            return _launch(data, steps, keys, have, self.cgroup)

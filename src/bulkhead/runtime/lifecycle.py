@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 
 import msgspec
 
@@ -28,7 +29,7 @@ from bulkhead.boundary.seam import Bundle, Rootfs, Stdio
 from bulkhead.errors import Conflict, Internal, Invalid, NotFound, Unsupported
 from bulkhead.isolation import mounts
 from bulkhead.isolation.cgroups import manager as cgroups
-from bulkhead.linux import openat2, pidfd, prctl, procfs
+from bulkhead.linux import openat2, pidfd, procfs
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.oci.runtime import DeviceCgroup, Hooks, Mount, Process, Resources, Spec, decode
 from bulkhead.runtime import console, hooks
@@ -129,9 +130,15 @@ def cgroup_path(path: str, identity: str) -> str:
     return "/" + os.path.normpath(path).lstrip("/") if path else f"/bulkhead-runtime-{identity}"
 
 
+@cache
+def _boundary(place: home.Home) -> ContainerBoundary:
+    """One for all commands of this process: it keeps programs and filters."""
+    return ContainerBoundary(Services(place, Spawner()))
+
+
 def boundary_of(spawner: Spawner) -> ContainerBoundary:
     """The container boundary over `spawner`."""
-    return ContainerBoundary(Services(home.default(), spawner))
+    return _boundary(home.default()).over(spawner)
 
 
 class _Creation:
@@ -370,24 +377,30 @@ def kill(records: Records, identity: str, number: int, *, everyone: bool) -> Non
 
 
 def delete(records: Records, identity: str, *, force: bool, warn: Warn) -> None:
-    """Remove a stopped or created container; a running one with `force`."""
-    if force and identity not in records.ids():
-        return
-    with records.locked(identity):
-        record = records.load(identity)
-        status = records.status(record)
-        if status in ("running", "paused") and not force:
-            raise Conflict(f"cannot delete container {identity} that is not stopped: {status}")
-        group = cgroups.detect().open(record.cgroup)
-        if group.exists():  # also after a `create` that was killed
-            group.kill()
-            if record.pid:
-                _await_end(record)
-            group.delete()
-        declared = (records.spec(identity).hooks if record.pid else None) or Hooks()
-        point = hooks.Point("poststop", declared.poststop, hooks.outside)
-        point.try_(state(record, "stopped"), warn)
-        records.remove(identity)
+    """Remove a stopped or created container; with `force` a running one, or one that is gone."""
+    try:
+        with records.locked(identity):
+            _delete(records, identity, force=force, warn=warn)
+    except NotFound:
+        if not force or identity in records.ids():
+            raise
+
+
+def _delete(records: Records, identity: str, *, force: bool, warn: Warn) -> None:
+    record = records.load(identity)
+    status = records.status(record)
+    if status in ("running", "paused") and not force:
+        raise Conflict(f"cannot delete container {identity} that is not stopped: {status}")
+    group = cgroups.detect().open(record.cgroup)
+    if group.exists():  # also after a `create` that was killed
+        group.kill()
+        if record.pid:
+            _await_end(record)
+        group.delete()
+    declared = (records.spec(identity).hooks if record.pid else None) or Hooks()
+    point = hooks.Point("poststop", declared.poststop, hooks.outside)
+    point.try_(state(record, "stopped"), warn)
+    records.remove(identity)
 
 
 def _await_end(record: Record) -> None:
@@ -399,29 +412,6 @@ def _await_end(record: Record) -> None:
         poller.register(int(process), select.POLLIN)
         if not poller.poll(30_000):
             raise Internal(f"process {record.pid} survives SIGKILL (uninterruptible I/O?)")
-
-
-def become_subreaper() -> None:
-    """Orphans of the container come to us; prctl(2)."""
-    prctl.prctl(prctl.SET_CHILD_SUBREAPER, 1)
-
-
-def wait(pid: int) -> int:
-    """Reap until `pid` has ended, passing on the signals we get; its exit code, 128 + signal."""
-
-    def forward(number: int, _frame: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-    kept = (signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGWINCH, signal.SIGURG)
-    for number in signal.valid_signals() - set(kept):
-        with contextlib.suppress(OSError, ValueError):
-            signal.signal(number, forward)
-    while True:
-        ended, status = os.waitpid(-1, 0)
-        if ended == pid:
-            code = os.waitstatus_to_exitcode(status)
-            return code if code >= 0 else 128 - code
 
 
 def _end(container: Container) -> None:

@@ -13,7 +13,7 @@ from importlib import import_module
 
 from bulkhead.errors import BulkheadError, Invalid, Unsupported
 from bulkhead.runtime.options import COMMANDS, GLOBALS, Command, Option, Values, parse
-from bulkhead.runtime.records import Records
+from bulkhead.runtime.records import PLANNER, Records
 
 VERSION = "0.1.0"
 SPEC_VERSION = "1.3.0"
@@ -59,6 +59,12 @@ class Context:
         assert isinstance(value, list)
         return value
 
+    def again(self) -> tuple[str, ...]:
+        """The global options for another command of the same kind."""
+        general = self.general
+        named = ("log", "log-format", "root")
+        return tuple(f"--{name}={general[name]}" for name in named if general[name])
+
     def warn(self, text: str) -> None:
         """One line of level warning in the log."""
         log(self.general, "warning", text)
@@ -86,6 +92,58 @@ def log(general: Values, level: str, text: str) -> None:
         return
     with open(path, "a", encoding="utf-8") as file:
         print(line, file=file)
+
+
+WARM = ("create", "start", "run", "state", "kill", "delete", "exec", "pause", "resume")
+"""The commands that the native client gives to a planner; native/runtime.c."""
+
+
+def preload() -> None:
+    """Import what these commands need."""
+    for name in ("commands", "executing", "limits", "hooks"):
+        import_module(f"bulkhead.runtime.{name}")
+
+
+def entry(native: str) -> None:
+    """Run `sys.argv` for the native client at that path, and leave a planner for the next one."""
+    words = sys.argv[1:]
+    if words[:1] == ["planner"]:
+        from bulkhead.runtime.planner import main as serve
+
+        serve(words[1])
+        os._exit(0)
+    code = main(words)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        code = code or 1
+    if os.environ.get("BULKHEAD_RUNTIME_PLANNER") != "0":
+        start_planner(native, words)
+    os._exit(code)
+
+
+def start_planner(native: str, words: list[str]) -> None:
+    """Start a planner for the root directory that `words` mean, if one would serve them."""
+    try:
+        general, rest = parse(GLOBALS, words)
+    except Invalid:
+        return
+    root = str(general["root"]) or default_root()
+    if rest[:1] == [] or rest[0] not in WARM or not os.path.isdir(root):
+        return
+    folder = os.path.abspath(f"{root}/{PLANNER}")
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        log = os.open(f"{folder}/log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        null = os.open(os.devnull, os.O_RDWR)
+    except OSError:
+        return  # a read-only root: the next command is as slow as this one
+    streams = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in ((0, null), (1, log), (2, log))]
+    environment = {**os.environ, "BULKHEAD_RUNTIME_PLANNER": "0"}
+    os.posix_spawn(
+        native, [native, "planner", folder], environment, file_actions=streams, setsid=True
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@
     start.fifo            while the container waits for `start`
     progress, steps.json  what `start` needs to say what has failed
     lock                  flock'd by every command that changes something
+<root>/.planner/          see planner.py
 """
 
 import contextlib
@@ -25,6 +26,8 @@ from bulkhead.linux import procfs
 from bulkhead.oci.runtime import Spec, decode, encode
 
 _BESIDE = ".new-"
+PLANNER = ".planner"
+"""What is in the root beside containers."""
 _ID = re.compile(r"[\w+.-]{1,1024}", re.ASCII)
 
 
@@ -51,7 +54,7 @@ class Records:
 
     def path(self, identity: str, *parts: str) -> str:
         """A path in the container's directory; Invalid for what is no id."""
-        if not _ID.fullmatch(identity) or identity in (".", ".."):
+        if not _ID.fullmatch(identity) or identity in (".", "..", PLANNER):
             raise Invalid(f"invalid container ID {identity!r}: letters, digits and _+.- only")
         return "/".join((self.root, identity, *parts))
 
@@ -129,7 +132,8 @@ class Records:
     def ids(self) -> list[str]:
         """Every id that is taken, in order."""
         try:
-            return sorted(n for n in os.listdir(self.root) if not n.startswith(_BESIDE))
+            names = os.listdir(self.root)
+            return sorted(n for n in names if n != PLANNER and not n.startswith(_BESIDE))
         except FileNotFoundError:
             return []
 

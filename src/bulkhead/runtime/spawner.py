@@ -1,9 +1,8 @@
-"""Launch programs as children of this process: a `Launcher` (boundary/seam.py) without a holder.
+"""Launch programs without a holder: a `Launcher` (boundary/seam.py) over `parent.current()`.
 
-The child is cloned by `native/spawn.c`, a small static program, with CLONE_PARENT: it is ours to
-reap, costs a container's memory limit nothing of an interpreter, and goes to our subreaper when we
-end. It reports over a socket ("pty" with a terminal's master, the names of the gates it comes to)
-whose end means that it has executed its program, or has failed as its shared memory says.
+The child goes to its parent's subreaper when that ends. It reports over a socket ("pty" with a
+terminal's master, the names of the gates it comes to) whose end means that it has executed its
+program, or has failed as its shared memory says.
 """
 
 import errno
@@ -17,15 +16,15 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from bulkhead import _native
 from bulkhead.boundary.failures import DIED, EXEC, STEP, launch_failure
 from bulkhead.boundary.seam import Launched, LaunchRequest
-from bulkhead.errors import Internal, LaunchFailed, NotFound
-from bulkhead.linux import pidfd, unwritable
+from bulkhead.errors import LaunchFailed, NotFound
+from bulkhead.linux import pidfd
 from bulkhead.linux.fds import OwnedFd
+from bulkhead.runtime import parent
 
 _SPAWNED = struct.Struct("=IIiiIII228si")
-"""struct spawned of native/spawn.c."""
+"""struct spawned of native/child.h."""
 _FAILED, _EXEC, _EXEC_FAILED = 1, 2, 3
 
 PTY = "pty"
@@ -77,7 +76,7 @@ class Spawner:
     def __init__(self, progress: str = "") -> None:
         """`progress` is a file to keep the child's shared memory in, made here."""
         self.notes: dict[str, Callable[[int, OwnedFd], bool]] = {}
-        self.pid = 0
+        self.pid = parent.current().pid
         self.steps: list[str] = []
         """The names of the last program's steps."""
         self._progress = progress
@@ -91,7 +90,9 @@ class Spawner:
             undo.enter_context(ours)
             with theirs:
                 started = time.time_ns()
-                _clone(request, int(shared), theirs.fileno())
+                program = undo.enter_context(OwnedFd(os.memfd_create("program")))
+                os.write(int(program), request.program)
+                parent.current().clone(request, int(program), int(shared), theirs.fileno())
             memory = undo.enter_context(mmap.mmap(int(shared), _SPAWNED.size))
             pid = read_progress(memory[:]).pid
             if request.uid_map or request.gid_map:
@@ -103,11 +104,11 @@ class Spawner:
                 raise
             progress = read_progress(memory[:])
             if progress.forked:
-                os.waitpid(pid, 0)
+                parent.current().reap(pid)
                 pid = progress.forked
             if not done and not progress.executed:
                 os.kill(pid, signals.SIGKILL)
-                _, status = os.waitpid(pid, 0)
+                status = parent.current().reap(pid)
                 raise progress.failure(request.steps, status)
             return Launched(pid, started, pidfd.open_process(pid))
 
@@ -145,45 +146,7 @@ def _end(progress: Progress) -> None:
     for pid in (progress.pid, progress.forked):
         if pid:
             os.kill(pid, signals.SIGKILL)
-            os.waitpid(pid, 0)
-
-
-def _clone(request: LaunchRequest, shared: int, channel: int) -> None:
-    """Run bulkhead-spawn for the request; its child is ours then."""
-    folder = os.path.dirname(os.path.abspath(str(_native.__file__)))
-    path = f"{folder}/bulkhead-spawn"
-    if not os.access(path, os.X_OK):
-        raise NotFound(f"{path} is not there: build it with `make -C native`")
-    with ExitStack() as undo:
-        program = undo.enter_context(OwnedFd(os.memfd_create("program")))
-        os.write(int(program), request.program)
-        binary = undo.enter_context(unwritable.open_program(path))
-        read, write = os.pipe2(os.O_CLOEXEC)
-        said = undo.enter_context(OwnedFd(read))
-        with OwnedFd(write) as errors:
-            given = [int(program), shared, channel]
-            numbers = [
-                *given,
-                request.clone_flags,
-                int(bool(request.uid_map or request.gid_map)),
-                request.cgroup_fd,
-                *request.fds,
-            ]
-            lent = {*given, *request.fds} | ({request.cgroup_fd} - {-1})
-            for fd in lent:
-                undo.callback(os.set_inheritable, fd, os.get_inheritable(fd))
-                os.set_inheritable(fd, True)
-            spawned = os.posix_spawn(
-                f"/proc/self/fd/{int(binary)}",
-                ["bulkhead-spawn", *map(str, numbers)],
-                {},
-                file_actions=[(os.POSIX_SPAWN_DUP2, int(errors), 2)],
-            )
-        _, status = os.waitpid(spawned, 0)
-        if status:
-            # The child has a copy of standard error only if there is one: it ends with this.
-            text = os.read(int(said), 4096).decode(errors="replace").strip()
-            raise Internal(text or f"bulkhead-spawn ended with wait status {status}")
+            parent.current().reap(pid)
 
 
 def _write_maps(pid: int, request: LaunchRequest, channel: socket.socket) -> None:
@@ -208,7 +171,7 @@ def _write_map(pid: int, file: str, text: str) -> None:
         if error.errno == errno.EPERM and file == "gid_map":
             raise
         os.kill(pid, signals.SIGKILL)
-        os.waitpid(pid, 0)
+        parent.current().reap(pid)
         step = f"write {file}"
         raise LaunchFailed(
             f"{step}: {error.strerror}", step=step, errno=error.errno or 0

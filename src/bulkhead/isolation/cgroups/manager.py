@@ -47,6 +47,13 @@ def find(mounts: Sequence[mountinfo.MountPoint]) -> Hierarchy:
     )
 
 
+def trim(most: int = 8) -> None:
+    """Keep no more than `most` parents open, for a process that lives long."""
+    hierarchy = detect()
+    if isinstance(hierarchy, HierarchyV1):
+        hierarchy.trim(most)
+
+
 def _kernel_controllers() -> frozenset[str]:
     """Enabled controllers by /proc/cgroups; empty where a kernel without v1 lacks the file."""
     try:

@@ -165,6 +165,12 @@ class HierarchyV1:
         for known in [p for p in self._parents if f"{p}/".startswith(f"{parent}/")]:
             del self._parents[known]  # closed when the last user drops them
 
+    def trim(self, most: int) -> None:
+        """Keep no more than `most` parents open."""
+        with self._lock:
+            if len(self._parents) > most:
+                self._parents.clear()
+
     def parent_of(self, path: str) -> _Parent | None:
         """The opened parent of `path`, if a group was made in it by this object."""
         return self._parents.get(path.rpartition("/")[0])
