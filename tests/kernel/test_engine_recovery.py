@@ -1,7 +1,10 @@
 """Engine, keeper and holder killed at will: workloads go on, nothing is lost, all is repaired."""
 
+import contextlib
+import json
 import os
 import signal
+import sqlite3
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,6 +130,44 @@ def test_engine_and_holder_killed_together(rig: Rig) -> None:
     rig.call("workload.kill", id="counter")
     assert rig.call("workload.wait", id="counter")["StatusCode"] in {137, 255}
     rig.call("workload.start", id="counter")
+    rig.call("workload.remove", id="counter", force=True)
+
+
+def unwrite(rig: Rig, name: str) -> None:
+    """Make the record of `name` what it was when the workload had just been created."""
+    with contextlib.closing(sqlite3.connect(rig.root / "state.db")) as database, database:
+        query = "SELECT document FROM workloads WHERE name=?"
+        document = json.loads(database.execute(query, (name,)).fetchone()[0])
+        for member in ("status", "pid", "started_ns", "finished_ns", "exit_code"):
+            document.pop(member, None)
+        database.execute(
+            "UPDATE workloads SET status='created', document=? WHERE name=?",
+            (json.dumps(document), name),
+        )
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["engine", "engine and holder"])
+def test_a_start_and_an_end_that_came_too_late_for_their_records(rig: Rig, both: bool) -> None:
+    rigs.start(rig, "counter", COUNT)
+    rigs.start(rig, "coded", "sleep 0.1; exit 6")
+    rigs.start(rig, "ended", "exit 7")
+    assert rig.call("workload.wait", id="ended") == {"StatusCode": 7}
+    before, parent = rigs.state(rig, "counter"), holder(rig)
+    ending = int(rigs.state(rig, "coded")["Pid"])
+    assert rig.process is not None
+    os.kill(rig.process.pid, signal.SIGSTOP)
+    if ending:
+        until(lambda: not os.path.exists(f"/proc/{ending}"), "the holder has reaped it")
+    if both:
+        end(parent)
+    rig.kill()
+    for name in ("counter", "coded", "ended"):
+        unwrite(rig, name)
+    rig.start()
+    found = rigs.state(rig, "counter")
+    assert (found["Pid"], found["Running"]) == (before["Pid"], True)
+    assert rig.call("workload.wait", id="coded") == {"StatusCode": 6}
+    assert rig.call("workload.wait", id="ended") == {"StatusCode": 7}
     rig.call("workload.remove", id="counter", force=True)
 
 

@@ -1,6 +1,7 @@
 """The engine's database and the table of workloads."""
 
 import asyncio
+import os
 import sqlite3
 from pathlib import Path
 
@@ -42,11 +43,58 @@ def test_a_transaction_is_all_or_nothing(tmp_path: Path) -> None:
     with database.transaction(durable=False):
         database.execute("INSERT INTO documents VALUES ('x','b','{}')")
     assert documents.items() == [("b", "{}")]
-    with database.transaction():
-        database.execute("INSERT INTO documents VALUES ('x','c','{}')")
-    (mode,) = database.execute("PRAGMA synchronous").fetchone()
-    assert mode == 2, "a durable commit is flushed, also after one that was not"
     database.close()
+
+
+def test_a_durable_commit_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database = Database(str(tmp_path / "state.db"))
+    flushed: list[str] = []
+    flush = os.fdatasync
+
+    def watched(fd: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{fd}"))
+        flush(fd)
+
+    monkeypatch.setattr(os, "fdatasync", watched)
+    with database.transaction(durable=False):
+        database.execute("INSERT INTO documents VALUES ('x','b','{}')")
+    assert flushed == []
+    database.documents("x").put("c", "{}")
+    assert flushed == [str(tmp_path / "state.db-wal")]
+    with pytest.raises(ZeroDivisionError), database.transaction():
+        raise ZeroDivisionError
+    assert len(flushed) == 1, "nothing was committed"
+    database.close()
+
+
+def test_what_is_saved_later_is_written_with_the_next_commit(tmp_path: Path) -> None:
+    async def work() -> None:
+        database = Database(str(tmp_path / "state.db"))
+        workloads = Workloads(database)
+        first, second, third = (
+            Workload(_record(f"{number:064}", f"w{number}")) for number in range(3)
+        )
+        workloads.add(first)
+        workloads.add(third)
+        first.record.status = third.record.status = "running"
+        workloads.save_later(first)
+        workloads.save_later(third)
+        workloads.discard(third)
+        statuses = dict(database.execute("SELECT name, status FROM workloads").fetchall())
+        assert statuses == {"w0": "running"}, "with the commit that deletes another one"
+        first.record.status = "exited"
+        workloads.save_later(first)
+        workloads.add(second)
+        first.record.exit_code = 3
+        workloads.save_later(first)
+        workloads.flush()
+        again = Workloads(database)
+        again.load()
+        assert {one.record.name: one.record.exit_code for one in again} == {"w0": 3, "w1": 0}
+        assert {one.record.status for one in again} == {"exited", "created"}
+        database.close()
+
+    asyncio.run(work())
 
 
 def test_a_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:

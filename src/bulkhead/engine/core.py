@@ -47,6 +47,8 @@ _T = TypeVar("_T")
 
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 THREADS = 4
+WRITE_S = 0.02
+"""How long the note that something runs may wait for another one to be written with."""
 SYNC_S = 0.2
 """How long after the end of a run its record may take to be on the disk."""
 DEFAULT_ROOT = "/var/lib/bulkhead"
@@ -71,6 +73,7 @@ class Engine:
         self._accounts: dict[tuple[str, ...], users.Accounts] = {}
         self.closing = False
         self._tending: asyncio.TimerHandle | None = None
+        self._writing: asyncio.TimerHandle | None = None
         self._syncing: asyncio.TimerHandle | None = None
 
         self.store = ContentStore(home.in_root("store"))
@@ -110,6 +113,7 @@ class Engine:
             task.cancel()
         if self._tasks:
             await asyncio.wait(list(self._tasks))
+        self.workloads.flush()
         await self.spares.close()
         await self.processes.close()
         self.leases.close()
@@ -142,6 +146,16 @@ class Engine:
         """Run `function` in a thread: for files, hashing, registries."""
         return await self.loop.run_in_executor(self.pool, function)
 
+    def write_soon(self) -> None:
+        """Have the records written in WRITE_S whose writing was put off."""
+        if self._writing is None and not self.closing:
+            self._writing = self.loop.call_later(WRITE_S, self._write)
+
+    def _write(self) -> None:
+        self._writing = None
+        if not self.closing:  # closing writes them too
+            self.workloads.flush()
+
     def sync_soon(self) -> None:
         """Have what was written so far on the disk in SYNC_S, without holding anybody up."""
         if self._syncing is None and not self.closing:
@@ -150,6 +164,7 @@ class Engine:
     def _sync(self) -> None:
         self._syncing = None
         if not self.closing:  # closing the database flushes it too
+            self.workloads.flush()
             self.janitor.submit(self.database.sync)
 
     # --- what launches need

@@ -1,8 +1,9 @@
 """Starts, ends and what follows an end: restart, removal, clean-up.
 
-The order at an end: output complete → record written → waiters told → resources given back. The
-waiters come first because a client waits for them and for nothing else; a later start of the same
-workload waits for the clean-up (`Workload.cleaned`).
+The order at an end: output complete → waiters told → resources given back → record written →
+holder's entry forgotten. The waiters come first because a client waits for them and for nothing
+else; a later start of the same workload waits for the clean-up (`Workload.cleaned`). Until the
+record is written the holder knows the end, and should it die too, its exit record.
 """
 
 import asyncio
@@ -128,8 +129,13 @@ class Lifecycle:
         launching.record_start(record, launched, engine.boot_id)
         engine.reservations.settled(record)
         engine.reservations.rebalance()
-        # Not flushed: after a loss of power nothing runs, whatever the record says.
-        engine.workloads.save(workload, durable=False)
+        # Not flushed: after a loss of power nothing runs, whatever the record says. And what ends
+        # at once need not be written twice: until then a next engine sees by itself that it runs.
+        if record.boundary == "container" and not record.host.cgroup_parent:
+            engine.workloads.save_later(workload)
+            engine.write_soon()
+        else:
+            engine.workloads.save(workload, durable=False)
         engine.events.emit("container", "start", record.id, attributes(workload))
         engine.health.begin(workload)
         early = self._early.pop(record.id, None)
@@ -189,13 +195,12 @@ class Lifecycle:
         if remove:
             engine.removal.forget(workload)
         else:
-            engine.workloads.save(workload, durable=False)
+            engine.workloads.save_later(workload)
             engine.sync_soon()
         if not workload.ended.done():
             workload.ended.set_result(record.exit_code)
         for _ in range(3):  # let those who waited answer their clients first
             await asyncio.sleep(0)
-        engine.workloads.flush()
         await self._clean(workload, erase=remove)
         if remove:
             await engine.removal.erase(workload)
@@ -264,6 +269,7 @@ class Lifecycle:
             engine.reservations.rebalance()
             engine.volumes.release(record.id)
             engine.drop_shm(record)
+            engine.workloads.flush()
             await engine.processes.forget(record.id)
         except (BulkheadError, OSError) as error:
             log.warning("cleaning up after %s: %s", record.name, error)

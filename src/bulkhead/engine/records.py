@@ -170,6 +170,8 @@ class Workloads:
         """Forgotten, but still in the database."""
         self._unwritten: set[str] = set()
         """Known, but not yet in the database."""
+        self._late: dict[str, Workload] = {}
+        """Changed since they were written: the next transaction takes them along."""
 
     def load(self) -> None:
         """Read every record."""
@@ -232,19 +234,31 @@ class Workloads:
         """Write its record; one commit, flushed to the disk unless it need not survive that."""
         record = workload.record
         if record.id in self._by_id:
+            self._late.pop(record.id, None)
             self._write(record, durable=record.durable if durable is None else durable)
             self._unwritten.discard(record.id)
 
+    def save_later(self, workload: Workload) -> None:
+        """Have its record written with the next commit, or by `flush`; it is forgotten with it.
+
+        For what a next engine finds out by itself from holder and kernel, a little while at least.
+        """
+        if workload.id in self._by_id:
+            self._late[workload.id] = workload
+
     def _write(self, record: Record, *, durable: bool) -> None:
         with self._writing(durable):
-            self._database.execute(
-                "INSERT INTO workloads VALUES (?,?,?,?) ON CONFLICT(id) DO UPDATE "
-                "SET name=excluded.name, status=excluded.status, document=excluded.document",
-                record.id,
-                record.name,
-                record.status,
-                _encoder.encode(record).decode(),
-            )
+            self._put(record)
+
+    def _put(self, record: Record) -> None:
+        self._database.execute(
+            "INSERT INTO workloads VALUES (?,?,?,?) ON CONFLICT(id) DO UPDATE "
+            "SET name=excluded.name, status=excluded.status, document=excluded.document",
+            record.id,
+            record.name,
+            record.status,
+            _encoder.encode(record).decode(),
+        )
 
     def rename(self, workload: Workload, name: str) -> None:
         """Give it another name; Conflict if taken."""
@@ -261,6 +275,7 @@ class Workloads:
         engine that finds it there removes it as if its workload had just ended.
         """
         record = workload.record
+        self._late.pop(record.id, None)
         if record.id in self._unwritten:
             self._unwritten.discard(record.id)
         else:
@@ -272,19 +287,23 @@ class Workloads:
             del self._names[record.name]
 
     def flush(self, *, durable: bool = False) -> None:
-        """Delete from the database what was discarded."""
-        if self._discarded:
+        """Write what was to be written later, delete from the database what was discarded."""
+        if self._discarded or self._late:
             with self._writing(durable):
                 pass
 
     @contextlib.contextmanager
     def _writing(self, durable: bool) -> Iterator[None]:
-        """A transaction, in which what was discarded is deleted first."""
+        """A transaction, in which what was put off is done first."""
         with self._database.transaction(durable=durable):
             for identity in self._discarded:
                 self._database.execute("DELETE FROM workloads WHERE id=?", identity)
+            for workload in self._late.values():
+                self._put(workload.record)
             yield
         self._discarded.clear()
+        self._unwritten.difference_update(self._late)
+        self._late.clear()
 
     def names(self) -> dict[str, str]:
         """Ids by name; not to be changed."""

@@ -2,7 +2,9 @@
 
 holder's entries   running: the workload runs on; ended: its end is handled as if just now
 records            "running" without an entry: the process is looked for by its control group;
-                   it is watched by pidfd, or its end is recorded with an unknown code
+                   it is watched by pidfd, or its end is recorded, with the code that the holder
+                   wrote down or an unknown one; a start or end that came too late for its record
+                   is found in the same places
 boot               another boot id: everything that ran has ended; restart policies decide
 leftovers          half-removed workloads, directories, control groups, networks of nobody
 """
@@ -15,15 +17,17 @@ import shutil
 import time
 from typing import TYPE_CHECKING
 
-from bulkhead.boundary.seam import Bundle, Pausable, Rootfs
-from bulkhead.engine import guests, restart, specgen, vm_shape
+import msgspec
+
+from bulkhead.boundary.seam import Bundle, Launched, Pausable, Rootfs
+from bulkhead.engine import guests, launching, restart, specgen, vm_shape
 from bulkhead.engine.launching import Start
 from bulkhead.engine.records import UNKNOWN_EXIT, Record, Workload
 from bulkhead.engine.users import Identity
 from bulkhead.errors import BulkheadError
 from bulkhead.isolation.cgroups import manager as cgroups
 from bulkhead.keeper.holder import Entry, Exit
-from bulkhead.linux import pidfd
+from bulkhead.linux import pidfd, procfs
 from bulkhead.machines import files
 from bulkhead.network.model import AttachRequest
 
@@ -36,7 +40,7 @@ log = logging.getLogger("bulkhead.engine")
 async def run(engine: "Engine") -> None:
     """Bring records and kernel into agreement, then start what is to be started."""
     entries = {entry.id: entry for entry in await engine.processes.holder.entries()}
-    ended: list[tuple[Workload, Exit | None]] = []
+    ended: list[tuple[Workload, Exit | _Reaped | None]] = []
     was_up: set[str] = set()
     for workload in engine.workloads:
         record = workload.record
@@ -49,16 +53,19 @@ async def run(engine: "Engine") -> None:
         if entry is not None and entry.running:
             await _adopt(engine, workload, entry)
         elif entry is not None and _is_news(record, entry):
-            record.status, record.started_ns = "running", entry.started_ns
+            _begun(record, entry.pid, entry.started_ns)
             ended.append(
                 (workload, Exit(entry.id, entry.pid, entry.wait_status, entry.finished_ns))
             )
         elif workload.running:
             if not await _orphan(engine, workload):
-                ended.append((workload, None))
+                ended.append((workload, _reaped(engine, record)))
         elif record.status == "restarting":
             was_up.add(record.id)
             record.status = "exited"
+        elif not await _unrecorded(engine, workload) and (reaped := _reaped(engine, record)):
+            _begun(record, reaped.pid, reaped.started_ns)
+            ended.append((workload, reaped))
     _networks(engine)
     engine.processes.on_exit = engine.lifecycle.on_exit
     engine.processes.on_orphan = engine.lifecycle.on_orphan
@@ -77,6 +84,49 @@ async def run(engine: "Engine") -> None:
 def _is_news(record: Record, entry: Entry) -> bool:
     """Whether the entry's end is not in the record yet."""
     return entry.finished_ns != record.finished_ns or record.status == "running"
+
+
+class _Reaped(msgspec.Struct):
+    """The holder's exit record."""
+
+    pid: int
+    wait_status: int
+    started_ns: int
+    finished_ns: int
+
+
+def _reaped(engine: "Engine", record: Record) -> _Reaped | None:
+    """What the holder wrote when the last run ended, if the record does not have it yet."""
+    try:
+        with open(f"{engine.home.workload_run(record.id)}/exit.json", "rb") as file:
+            found = msgspec.json.decode(file.read(), type=_Reaped)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    news = found.finished_ns > record.finished_ns and record.pid in (0, found.pid)
+    return found if news else None
+
+
+def _begun(record: Record, pid: int, started_ns: int) -> None:
+    """A run that the record does not have, as `launching.record_start` writes it."""
+    launching.record_start(record, Launched(pid, started_ns), record.boot_id)
+
+
+async def _unrecorded(engine: "Engine", workload: Workload) -> bool:
+    """Whether it runs though its record does not say so yet; then it is watched."""
+    record = workload.record
+    if record.boundary != "container":
+        return False
+    try:
+        pids = cgroups.detect().open(engine.cgroup_path(record)).pids()
+        times = sorted((procfs.start_time(pid), pid) for pid in pids)
+    except (BulkheadError, OSError):
+        return False
+    if not times:
+        return False
+    ticks, first = times[0]
+    age_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - ticks * 10**9 // os.sysconf("SC_CLK_TCK")
+    _begun(record, first, time.time_ns() - age_ns)
+    return await _orphan(engine, workload)
 
 
 def _after_boot(record: Record) -> bool:
@@ -117,9 +167,7 @@ async def _adopt(engine: "Engine", workload: Workload, entry: Entry) -> None:
     record.pid = entry.pid
     record.boot_id = engine.boot_id
     if record.status not in {"running", "paused"}:
-        record.status = "running"
-        record.started_ns = entry.started_ns
-        record.finished_ns = 0
+        _begun(record, entry.pid, entry.started_ns)
     await _load(engine, workload)
     if record.vm is not None:
         engine.leases.resume(record)

@@ -26,6 +26,12 @@ _DEPARTED = 256
 """How many ends of workloads with `--rm` are remembered for who waits for one of them late."""
 
 
+def _delete_small(paths: list[str], large: list[str]) -> None:
+    for path in paths:
+        if not delete_small(path):
+            large.append(path)
+
+
 class Removal:
     """Removes workloads."""
 
@@ -117,11 +123,15 @@ class Removal:
 
     async def erase(self, workload: Workload) -> None:
         """Step 4."""
-        self._engine.workloads.flush()
-        paths = self.paths(workload)
+        engine = self._engine
+        engine.workloads.flush()
+        large: list[str] = []
         try:
-            for path in [path for path in paths if not delete_small(path)]:
-                await self._engine.blocking(functools.partial(delete_tree, path))
+            paths = [path for path in self.paths(workload) if os.path.lexists(path)]
+            if paths:
+                await engine.janitor.submit(functools.partial(_delete_small, paths, large))
+            for path in large:
+                await engine.blocking(functools.partial(delete_tree, path))
         except OSError as error:
             log.warning("cannot delete the files of %s: %s", workload.record.name, error)
         finally:

@@ -2,10 +2,10 @@
 
     ROOT/state.db   WAL; written by the one engine that holds ROOT/lock, from its loop's thread
 
-What is acknowledged survives power loss: each commit is flushed (synchronous=FULL), except those
-asked for with `durable=False`, which survive the death of every process, but that of the machine
-only from the next `sync` or flushed commit on; they are for records that a reboot deletes anyway
-(workloads run with --rm, times of start), and for how a run ended, which is flushed soon.
+What is acknowledged survives power loss: each commit is flushed, except those asked for with
+`durable=False`, which survive the death of every process, but that of the machine only from
+the next `sync` or flushed commit on; they are for records that a reboot deletes anyway (workloads
+run with --rm, times of start), and for how a run ended, which is flushed soon.
 
 Migrations are numbered files `migrations/NNNN_name.sql`, each applied once, in one transaction with
 `PRAGMA user_version`. A database written by a newer version is refused, not guessed at.
@@ -36,7 +36,6 @@ class Database:
         self.path = path
         self._depth = 0
         self._durable = True
-        self._flushing = True
         try:
             self._connection = sqlite3.connect(
                 path, isolation_level=None, cached_statements=256, timeout=5.0
@@ -58,8 +57,14 @@ class Database:
             raise
 
     def _configure(self) -> None:
-        self._connection.execute("PRAGMA journal_mode=WAL")
-        self._connection.execute("PRAGMA synchronous=FULL")
+        (mode,) = self._connection.execute("PRAGMA journal_mode=WAL").fetchone()
+        if mode != "wal":
+            raise Unsupported(
+                f"the database {self.path} cannot have a write-ahead log there ({mode}); "
+                "put the root directory onto a local file system"
+            )
+        # Of a log SQLite flushes what keeps it in order; what makes a commit last is `sync`.
+        self._connection.execute("PRAGMA synchronous=NORMAL")
         self._connection.execute("PRAGMA foreign_keys=ON")
         self._connection.execute("PRAGMA wal_autocheckpoint=2000")
 
@@ -104,12 +109,6 @@ class Database:
             finally:
                 self._depth -= 1
             return
-        if durable != self._flushing:
-            # Refused by SQLite within a transaction, hence before it. With WAL, commits that are
-            # not flushed are flushed by the next one that is.
-            level = "FULL" if durable else "NORMAL"
-            self._connection.execute(f"PRAGMA synchronous={level}")
-            self._flushing = durable
         self._connection.execute("BEGIN IMMEDIATE")
         self._depth, self._durable = 1, durable
         try:
@@ -119,6 +118,8 @@ class Database:
             raise
         else:
             self._connection.execute("COMMIT")
+            if durable:
+                self.sync()
         finally:
             self._depth = 0
 
@@ -127,12 +128,11 @@ class Database:
         # A reader takes every whole transaction of the log, so that its bytes are all there is to
         # flush; what has left the log was flushed by the checkpoint (sqlite.org/wal.html).
         # SQLite's locks are not on this file: closing it lets go of none (fcntl(2)).
-        with contextlib.suppress(FileNotFoundError):
-            fd = os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fdatasync(fd)
-            finally:
-                os.close(fd)
+        fd = os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
 
     def documents(self, kind: str) -> "Documents":
         """The documents of one kind."""
