@@ -273,7 +273,10 @@ def ask(program: Sequence[str], line: str, environment: Mapping[str, str], folde
         ["sh", "-c", f'D() {{ {words} "$@"; }}\n{line}'], env={**environment, "TZ": "UTC"},
         cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_S,
     )  # fmt: skip
-    out, err = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+    out, err = (
+        data.decode(errors="replace").replace(f"{folder}/", "")
+        for data in (done.stdout, done.stderr)
+    )
     return Answer(done.returncode, comparable(out), comparable(err))
 
 

@@ -294,6 +294,32 @@ def test_events_tell_the_story(rig: Rig) -> None:
     assert items[-2]["Actor"]["Attributes"]["exitCode"] == "0"
 
 
+def test_events_tell_of_networks_and_volumes(rig: Rig) -> None:
+    since = time.time()
+    mount = {"Type": "volume", "Source": "told", "Target": "/v", "ReadOnly": True}
+    done = rigs.run(rig, ["true"], Mounts=[mount], name="teller")
+    rig.call("volume.remove", name="told")
+
+    def told() -> list[Any]:
+        items, _ = rig.rpc.stream("system.events", {"since": since, "until": time.time()})
+        return [
+            (one["Type"], one["Action"], one["Actor"]["Attributes"])
+            for one in items
+            if one["Actor"]["Attributes"].get("container") == done.id
+        ]
+
+    until(lambda: len(told()) == 4, "all is let go")
+    names = {"container": done.id, "name": "bridge", "type": "bridge"}
+    volume = {"driver": "local", "container": done.id}
+    mounted = {**volume, "destination": "/v", "read/write": "false", "propagation": ""}
+    assert told() == [
+        ("volume", "mount", mounted),
+        ("network", "connect", names),
+        ("network", "disconnect", names),
+        ("volume", "unmount", volume),
+    ]
+
+
 def test_lists_are_filtered(rig: Rig, box: str) -> None:
     rig.call("workload.create", name=f"{box}-made", body={"Image": IMAGE, "Labels": {"k": "v"}})
     for filters, found in (

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bulkhead.boundary.seam import Disposable, Instance, Launched, Measured, Secluded
-from bulkhead.engine import guests, launching, parents, restart
+from bulkhead.engine import announcing, guests, launching, parents, restart
 from bulkhead.engine.launching import Start
 from bulkhead.engine.records import UNKNOWN_EXIT, Workload
 from bulkhead.engine.trees import delete_small
@@ -136,6 +136,7 @@ class Lifecycle:
             engine.write_soon()
         else:
             engine.workloads.save(workload, durable=False)
+        announcing.begun(engine, workload)
         engine.events.emit("container", "start", record.id, attributes(workload))
         engine.health.begin(workload)
         early = self._early.pop(record.id, None)
@@ -254,6 +255,7 @@ class Lifecycle:
         for identity in list(workload.execs):
             engine.execs.workload_ended(workload, identity)
         try:
+            announcing.ended(engine, workload)
             engine.leases.end(record.id)
             engine.inside.end(record.id)
             engine.networks.release(record.id)

@@ -212,8 +212,10 @@ def _emit(engine: Engine, action: str, workload: Workload, found: dict[str, Any]
 async def prune(engine: Engine, params: Filters, call: Call) -> dict[str, Any]:
     """Remove the networks of nobody."""
     wanted = filters.normalise(params.filters, _PRUNE)
+    ids = {one["Name"]: one["Id"] for one in engine.networks.list()}
     removed = engine.networks.prune(wanted)
     engine.tend_networks()
     for name in removed:
-        engine.events.emit("network", "destroy", name, {"name": name, "type": "bridge"})
+        engine.events.emit("network", "destroy", ids[name], {"name": name, "type": "bridge"})
+    engine.events.emit("network", "prune", "", {"reclaimed": "0"})
     return {"NetworksDeleted": removed}
