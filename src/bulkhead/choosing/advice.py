@@ -171,7 +171,8 @@ def _empty(reasons: list[Reason]) -> str:
         if set(BOUNDARIES) <= {name for other in rest for name in other.excludes}:
             best = rest
     said = "; ".join(
-        f"{' and '.join(one.facts) or one.rule} rules out {', '.join(one.excludes)}" for one in best
+        f"{' and '.join(one.facts) or one.rule} rules out {', '.join(one.excludes)} ({one.reason})"
+        for one in best
     )
     return f"no boundary meets all of it: {said}"
 

@@ -1,6 +1,7 @@
 """The installation's policy: `<root>/policy.yaml`, the one file in which an administrator decides.
 
     version: 1
+    unnamed: auto             # what a workload gets for which nobody names a boundary
     default: container        # what `auto` takes where no rule asks for more
     untrusted: microvm        # the least boundary of code that is not trusted
     regulated: microvm        # the least boundary of what an auditor asks about
@@ -43,6 +44,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="ke
     """What the administrator decided. Without a file: all defaults."""
 
     version: int = 1
+    unnamed: str = "container"
     default: str = "container"
     untrusted: str = ""
     regulated: str = ""
@@ -118,12 +120,13 @@ def _check(policy: Policy) -> None:
     if policy.version != 1:
         raise Invalid(f"{policy.source}: version {policy.version} is not known: there is 1")
     words: list[tuple[str, Any]] = [
+        ("unnamed", "container" if policy.unnamed == "auto" else policy.unnamed),
         ("default", policy.default), ("untrusted", policy.untrusted),
         ("regulated", policy.regulated), *(("allow", one) for one in policy.allow),
         *((f"tenants.{name}.boundary", one.boundary) for name, one in policy.tenants.items()),
     ]  # fmt: skip
     for key, word in words:
-        if word not in (*BOUNDARIES, "") or (not word and key in ("default", "allow")):
+        if word not in (*BOUNDARIES, "") or (not word and key in ("default", "allow", "unnamed")):
             raise Invalid(
                 f"{policy.source}: {key}: there is no boundary {word!r}, only "
                 f"{', '.join(BOUNDARIES)}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from bulkhead.boundary import registry
 from bulkhead.engine import (
+    automatic,
     body,
     emulation,
     guests,
@@ -77,12 +78,18 @@ def _checked(
     kernel: str = "",
     image: Image | None = None,
 ) -> tuple[Record, list[str]]:
-    kind = _boundary(boundary, request)
-    warnings = options.validate(request, guest=kind in registry.GUESTS)
-    image = image or _image(engine, request.image)
+    named = _boundary(boundary, request)
+    warnings = options.validate(request, guest=named in (*registry.GUESTS, automatic.AUTO))
+    if image is None and not request.image:
+        raise Invalid("No image was specified")
+    image = image or engine.images.resolve(request.image)
+    kind, chosen = automatic.settle(engine, named, request, image)
+    if chosen is not None:
+        warnings = options.validate(request, guest=kind in registry.GUESTS)
     warnings += platforms.check(image, request.image, request.platform or "")
     record = _record(engine, request, image, kind)
     record.kernel = kernel
+    record.chosen = chosen
     guests.check(record)
     warnings += emulation.choose(record, image, asked=bool(request.platform))
     engine.reservations.check_processors(record)
@@ -106,7 +113,7 @@ def bare(
 
 
 def _boundary(boundary: str, request: body.CreateBody) -> str:
-    """Its boundary: the flag's, the runtime's, the label's; those that are given must agree."""
+    """The flag's, the runtime's, the label's, "" for none; those that are given must agree."""
     runtime = request.host_config.runtime if request.host_config else ""
     label = (request.labels or {}).get(BOUNDARY_LABEL, "")
     given: dict[str, str] = {}
@@ -114,19 +121,13 @@ def _boundary(boundary: str, request: body.CreateBody) -> str:
         if not word:
             continue
         name = "container" if word in _RUNTIMES else word
-        if name not in registry.names():
+        if name != automatic.AUTO and name not in registry.names():
             raise Invalid(f"unknown or invalid runtime name: {word}")
         given[where] = name
     if len(set(given.values())) > 1:
         said = ", ".join(f"{where}={name}" for where, name in given.items())
         raise Invalid(f"conflicting boundaries: {said}")
-    return next(iter(given.values()), "container")
-
-
-def _image(engine: "Engine", reference: str) -> Image:
-    if not reference:
-        raise Invalid("No image was specified")
-    return engine.images.resolve(reference)
+    return next(iter(given.values()), "")
 
 
 def _name(engine: "Engine", name: str) -> str:

@@ -167,6 +167,8 @@ def inspect(engine: "Engine", workload: Workload, *, size: bool = False) -> dict
     }
     if record.kernel:
         described["Kernel"] = record.kernel
+    if record.chosen:
+        described["BoundaryChoice"] = record.chosen
     if size:
         described["SizeRw"] = guests.writable_bytes(engine.home, record)
         described["SizeRootFs"] = described["SizeRw"] + _image_size(engine, record)

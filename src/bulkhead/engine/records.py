@@ -81,6 +81,8 @@ class Record(msgspec.Struct, omit_defaults=True):
     """The topmost group above its own that we made for `--cgroup-parent`."""
     kernel: str = ""
     """The guest kernel that was asked for."""
+    chosen: dict[str, Any] | None = None
+    """Why the boundary is what it is, if the rules chose it (`--boundary auto`)."""
     vm: machine_spec.Spec | None = None
     """A whole machine's hardware; it has no image."""
     saved: str = ""
