@@ -98,7 +98,8 @@ class Connection(asyncio.Protocol):
         """The client sends no more; True keeps the way to it open."""
         self.ended = True
         self._wake()
-        self._watch_hangup()
+        if self.handling:
+            self._watch_hangup()
         return True
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -156,7 +157,7 @@ class Connection(asyncio.Protocol):
 
     async def _serve(self) -> None:
         try:
-            while not self.ended and not self.transport.is_closing():
+            while (self.buffer or not self.ended) and not self.transport.is_closing():
                 head = await self._read_head()
                 if head is None:
                     break
@@ -176,6 +177,8 @@ class Connection(asyncio.Protocol):
         self._continued = not head.expects
         self.began = False
         self.handling = True
+        if self.ended:
+            self._watch_hangup()
         try:
             await self._handle(self, head)
             await self.drained()

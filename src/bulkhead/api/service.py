@@ -30,6 +30,7 @@ from bulkhead.api.answers import Reply
 from bulkhead.api.connection import Connection, Gone
 from bulkhead.api.exchange import Exchange
 from bulkhead.api.message import BadRequest, Head
+from bulkhead.api.plain import Plain
 from bulkhead.api.routes import ROUTES, SENT
 from bulkhead.api.tls import Tls
 from bulkhead.engine.calls import Method
@@ -94,6 +95,9 @@ class Service:
             sock.close()
             return
         sock.setblocking(False)
+        if tls is None and sock.family == socket.AF_UNIX:
+            Plain(self._engine.loop, sock, Connection(self.handle, self.connections))
+            return
         task = self._engine.loop.create_task(self._connect(sock, tls))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -8,8 +8,6 @@ most commands; 125 for a wrong flag, and for errors of `run` that are not the pr
 127 for a program that cannot be executed or is not there; 128+n by signal.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 
@@ -53,7 +51,7 @@ def _leave(code: int) -> None:
 
 
 def run_argv(
-    argv: Sequence[str], environ: Mapping[str, str], parked: list[Connection] | None = None
+    argv: "Sequence[str]", environ: "Mapping[str, str]", parked: "list[Connection] | None" = None
 ) -> int:
     """Run one command line (without the program's name); the exit code. Prints errors itself.
 
