@@ -13,7 +13,7 @@ from bulkhead.build import classic, keys
 from bulkhead.build.copying import Options, Owner, Plan, chmod
 from bulkhead.build.globs import match
 from bulkhead.build.ignore import Ignore, lines
-from bulkhead.build.trees import ArchiveTree, DirectoryTree, EmptyTree, Tree
+from bulkhead.build.trees import ArchiveTree, Context, DirectoryTree, EmptyTree, Tree
 from bulkhead.errors import Invalid, NotFound, Unsupported
 
 IGNORED = [
@@ -157,7 +157,7 @@ def test_links_in_directories_stay_links(tree: Tree) -> None:
     assert whole["x/absolute"] == "/etc"
 
 
-def test_ignored_files_are_not_there(tree: Tree) -> None:
+def test_ignored_files_are_not_there(tree: Context) -> None:
     tree.ignoring(Ignore(["d", "!d/e/f.md", ".hidden"]))
     assert sorted(copied(tree, "d", "/x")) == ["x", "x/e", "x/e/f.md"]
     assert ".hidden" not in copied(tree, ".", "/x/")

@@ -1,5 +1,6 @@
 """The registry's HTTP where it meets broken requests and broken blobs."""
 
+import functools
 import io
 import re
 import socket
@@ -133,17 +134,22 @@ def test_slow_clients_are_not_waited_for() -> None:
                 reader.read1(1)
 
 
+def _served(server: Server, count: int) -> bool:
+    return len(server.live) == count
+
+
 def test_one_that_waits_makes_room(registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bulkhead.depot.http._MOST_CONNECTIONS", 2)
     with Server(("127.0.0.1", 0), registry) as server:
+        address = ("127.0.0.1", int(server.server_address[1]))
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
             held = []
             for count in (1, 2):
-                held.append(socket.create_connection(server.server_address[:2]))
-                until(lambda count=count: len(server.live) == count, "it is served")
-            with socket.create_connection(server.server_address[:2], timeout=60) as third:
+                held.append(socket.create_connection(address))
+                until(functools.partial(_served, server, count), "it is served")
+            with socket.create_connection(address, timeout=60) as third:
                 third.sendall(b"GET /v2/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
                 assert b"200 OK" in third.recv(1000)
             assert held[0].recv(1) == b""
