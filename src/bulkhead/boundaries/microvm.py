@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from bulkhead.boundaries import microvm_syscalls
 from bulkhead.boundaries.container import ContainerBoundary
-from bulkhead.boundaries.guest import disks, initramfs, kernels, plan
+from bulkhead.boundaries.guest import disks, hotplug, initramfs, kernels, plan
 from bulkhead.boundaries.guest.instance import (
     MONITOR,
     OPTIONAL,
@@ -32,6 +32,7 @@ from bulkhead.boundaries.guest.instance import (
 from bulkhead.boundaries.jail import Jail, JailRoot, jail_bundle, uid_of
 from bulkhead.boundaries.vmm import images, qemu, templates, training
 from bulkhead.boundaries.vmm.acceleration import acceleration, tsc_khz
+from bulkhead.boundaries.vmm.plugs import Plugs
 from bulkhead.boundary.registry import Services
 from bulkhead.boundary.seam import Bundle, Launcher, Missing, Report, Rootfs, Stdio
 from bulkhead.errors import BulkheadError, Conflict, Invalid, Unsupported
@@ -129,6 +130,10 @@ class MicrovmBoundary(GuestBoundary):
                 images.GO_ON,
                 meanwhile=lambda: sparse.copy_file(disk, f"{directory}/{SAVED_DISK}"),
             )
+
+    def plugs(self, pid: int, cards: int) -> hotplug.Plugs:
+        """The places of its template that are empty."""
+        return Plugs(pid, cards, control_fd(cards))
 
     async def ready(self, bundle: Bundle) -> None:
         """Have a template to clone from."""
@@ -358,7 +363,13 @@ def _cloned(bundle: Bundle, parts: Parts, template: templates.Template) -> Prepa
             )
         )
     made = dataclasses.replace(parts.jail, args=args, mounts=[templates.PROC])
-    return Prepared(made, _described(bundle, parts, places), ("--clone",), fds)
+    return Prepared(made, _described(bundle, parts, places), ("--clone",), fds, places)
+
+
+def control_fd(cards: int) -> int:
+    """Where the machine monitor of a clone has the other end of its control socket."""
+    found = acceleration().name == "tcg"
+    return images.CONTROL_PEER if found else FIRST_TAP_FD + cards + 3
 
 
 def _device(cards: int, place: int) -> str:
@@ -373,7 +384,9 @@ def _resumed(bundle: Bundle, parts: Parts, saved: templates.Template) -> Prepare
     fds = templates.clone_image(saved, images.orders({}))
     args = images.argv(first, _given(cards, first))
     made = dataclasses.replace(parts.jail, args=args, mounts=[templates.PROC])
-    return Prepared(made, _described(bundle, parts, None), ("--resume",), fds)
+    disks_ = [qemu.Disk(path, not writable) for path, writable in parts.jail.disks]
+    taken = qemu.places(disks_, cards)
+    return Prepared(made, _described(bundle, parts, None), ("--resume",), fds, taken)
 
 
 def _given(cards: int, first: int) -> dict[int, int]:

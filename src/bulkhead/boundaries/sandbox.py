@@ -11,8 +11,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bulkhead.boundaries import sandbox_syscalls
-from bulkhead.boundaries.guest import disks, initramfs, kernels, plan, trim
+from bulkhead.boundaries import sandbox_plugs, sandbox_syscalls
+from bulkhead.boundaries.guest import disks, hotplug, initramfs, kernels, plan, trim
 from bulkhead.boundaries.guest.instance import (
     MONITOR,
     OPTIONAL,
@@ -167,7 +167,16 @@ class SandboxBoundary(GuestBoundary):
             interfaces=tuple(f"vec{number}" for number in range(len(bundle.nics))),
             sources=volumes.sources,
         )
-        return Prepared(made, machine, ("--ring", RING))
+        return Prepared(made, machine, ("--ring", RING), slots=range(len(files) + 1))
+
+    def plugs(self, pid: int, cards: int) -> hotplug.Plugs:
+        """By way of the kernel's management console."""
+        return sandbox_plugs.Plugs(pid)
+
+    def share_modules(self, bundle: Bundle) -> Sequence[str]:
+        """FUSE, which is loaded where it is needed."""
+        found = kernels.find(self.home, bundle.kernel or kernels.UML).module_files(("fuse",))
+        return [f"/modules/{os.path.basename(path).removesuffix('.xz')}" for path in found]
 
 
 def _files(bundle: Bundle) -> bool:

@@ -114,6 +114,21 @@ class WholeMachine:
 
 
 @dataclass(frozen=True, slots=True)
+class Within:
+    """The guest of another workload, in which this one runs: a pod.
+
+    `id` is that workload's, `pid` its monitor's process, `directory` its runtime directory. The PID
+    and IPC namespaces that the configuration joins are those of the workload with the runtime
+    directory `joined`.
+    """
+
+    id: str
+    pid: int
+    directory: str
+    joined: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Bundle:
     """A workload to be: its id, its OCI configuration, its root and a private runtime directory."""
 
@@ -123,6 +138,13 @@ class Bundle:
     directory: str
     fds: tuple[int, ...] = ()
     """Descriptors lent until `start` returns; the process has them as 10, 11 and so on."""
+    keep_numbers: bool = False
+    """`fds` are 3, 4 and so on instead."""
+    keyring: bool = True
+    """Whether the process gets a session keyring of its own."""
+    pivot: bool = True
+    """False: the root is moved over the host's and entered with chroot(2), for a root that is in
+    no file system that pivot_root(2) takes (a ramdisk)."""
     gates: Mapping[str, int] = field(default_factory=dict)
     """Descriptors that a container waits at on its way, for a byte; see container_plan.Ground."""
     nics: tuple[Nic, ...] = ()
@@ -137,6 +159,8 @@ class Bundle:
     """A directory that `Saving.snapshot` has filled: go on with what was saved there."""
     machine: WholeMachine | None = None
     """What the workload is instead of a program: a machine with disks of its own."""
+    within: Within | None = None
+    """For guests: it has no kernel of its own, but runs in that guest."""
 
 
 @dataclass(frozen=True, slots=True)

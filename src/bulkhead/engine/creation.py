@@ -148,7 +148,7 @@ def _record(engine: "Engine", request: body.CreateBody, image: Image, boundary: 
         for word in words or ():
             capabilities.normalize(word, label)
     security.parse(host.security_opt or [])
-    _references(engine, host)
+    _references(engine, host, boundary)
     if host.userns_mode == "auto":
         host.userns_mode = _free_ids(engine)
     identity = engine.take_id()
@@ -185,13 +185,13 @@ def _free_ids(engine: "Engine") -> str:
     return f"{first}:{_ID_COUNT}"
 
 
-def _references(engine: "Engine", host: body.HostConfig) -> None:
+def _references(engine: "Engine", host: body.HostConfig, boundary: str) -> None:
     """Other workloads that are named must exist; they are remembered by id."""
     for member in ("network_mode", "ipc_mode", "pid_mode"):
         value: str = getattr(host, member)
         if value.startswith("container:"):
             other = engine.workloads.find(value.removeprefix("container:"))
-            guests.check_shared(other)
+            guests.check_shared(other, boundary)
             setattr(host, member, f"container:{other.id}")
 
 

@@ -73,6 +73,7 @@ async def launch(engine: "Engine", workload: Workload, start: Start) -> Launched
             fds=tuple(int(fd) for fd in wires),
             saved=engine.home.in_root("snapshots", record.saved) if record.saved else "",
             machine=vm_shape.describe(engine.home, record),
+            within=guests.within(engine, record),
         )
         parents.claim(engine, record)
         undo.callback(parents.give_back, record)
@@ -180,7 +181,7 @@ async def _volume(
     if volumes.is_disk(name):
         await engine.blocking(functools.partial(volumes.image, name))
     await _ended_let_go(engine, record, name)
-    path = volumes.hold(name, record.id, guests.holder(record, point), mounted=not disk)
+    path = volumes.hold(name, record.id, guests.holder(engine, record, point), mounted=not disk)
     if not volumes.get(name).filled:
         if not point.no_copy:
             with volumes.on_host(name, record.id) as seen:
@@ -289,6 +290,8 @@ def rewrite_files(
 
 def _shared(engine: "Engine", record: Record) -> tuple[dict[str, str], str | None]:
     """Namespaces of other workloads to join, and the /dev/shm that goes with an IPC namespace."""
+    if guests.has_disk(record):
+        return guests.shared(engine, record)
     found: dict[str, str] = {}
     shm = None
     for kind, mode in (("pid", record.host.pid_mode), ("ipc", record.host.ipc_mode)):

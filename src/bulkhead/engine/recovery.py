@@ -155,10 +155,11 @@ def _bundle(engine: "Engine", record: Record, pid: int) -> Bundle:
     return Bundle(
         id=record.id,
         spec=specgen.generate(record, facts),
-        rootfs=Rootfs(lowers=(), upper=f"{home}/upper", work=f"{home}/work"),
+        rootfs=Rootfs((), f"{home}/upper", f"{home}/work", disk=guests.disk(home, record)),
         directory=engine.home.workload_run(record.id),
         kernel=record.kernel,
         machine=vm_shape.describe(engine.home, record),
+        within=guests.within(engine, record, known=True),
     )
 
 
@@ -194,7 +195,7 @@ async def _load(engine: "Engine", workload: Workload) -> None:
     for point in record.mounts:
         if point.type_ == "volume" and point.name in engine.volumes:
             mounted = not guests.has_disk(record)
-            who = guests.holder(record, point)
+            who = guests.holder(engine, record, point)
             engine.volumes.hold(point.name, record.id, who, mounted=mounted, known=True)
     engine.workloads.save(workload, durable=False)
 

@@ -46,7 +46,7 @@ NUMBERS: dict[str, dict[str, int]] = {
         "newfstatat": 262,
         "statx": 332, "inotify_init1": 294, "inotify_add_watch": 254,
         "copy_file_range": 326, "fcntl": 72, "pipe2": 293, "wait4": 61,
-        "socket": 41, "clock_settime": 227,
+        "socket": 41, "clock_settime": 227, "nanosleep": 35, "kcmp": 312,
         **_COMMON_SINCE_5_0,
     },
     "aarch64": {
@@ -65,7 +65,7 @@ NUMBERS: dict[str, dict[str, int]] = {
         "set_mempolicy": 237, "getdents64": 61, "newfstatat": 79, "statx": 291,
         "inotify_init1": 26, "inotify_add_watch": 27,
         "copy_file_range": 285, "fcntl": 25, "pipe2": 59, "wait4": 260,
-        "socket": 198, "clock_settime": 112,
+        "socket": 198, "clock_settime": 112, "nanosleep": 101, "kcmp": 272,
         **_COMMON_SINCE_5_0,
     },
 }  # fmt: skip

@@ -98,6 +98,21 @@ class Shares:
     def __bool__(self) -> bool:
         return bool(self.sources)
 
+    def places(self) -> dict[str, tuple[str, bool]]:
+        """Where in the guest each source is, and whether it can be written there."""
+        return {
+            path: (
+                f"/shares/{plan.FIRST_SHARE + number}{'' if one.directory else '/file'}",
+                one.writable,
+            )
+            for number, (path, one) in enumerate(self._found.items())
+        }
+
+    def mounts(self) -> dict[int, plan.Share]:
+        """What is to be mounted in the guest, by its number."""
+        first = {one.number: one for one in reversed(self.sources.values())}
+        return dict(sorted(first.items()))
+
     async def serve(
         self, inner: Container, roots: Roots, program: str, memory_bytes: int
     ) -> OwnedFd:

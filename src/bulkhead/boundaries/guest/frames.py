@@ -62,6 +62,8 @@ class Type(enum.IntEnum):
     FUSE_REPLY = 10
     SHUTDOWN = 11
     ADOPT = 12
+    FUSE_DROP = 13
+    MEMBER = 14
     GUEST_HELLO = 64
     STARTED = 65
     FAILED = 66
@@ -129,10 +131,12 @@ def run(
     return encode(Type.RUN, identity, 0, head + program)
 
 
-def run_packets(identity: int, program: bytes, mode: Mode, *, context: int = 0) -> list[bytes]:
-    """Likewise as packets for the monitor's socket, one frame each."""
+def run_packets(
+    identity: int, program: bytes, mode: Mode, *, context: int = 0, kind: Type = Type.RUN
+) -> list[bytes]:
+    """Likewise as packets for the monitor's socket, one frame each; `kind`: RUN, or MEMBER."""
     head = _RUN.pack(0, mode, context, 0, 0)
-    return list(frames(Type.RUN, identity, 0, head + program))
+    return list(frames(kind, identity, 0, head + program))
 
 
 def hello(nonce: bytes, realtime_ns: int, entropy: bytes) -> bytes:

@@ -100,6 +100,17 @@ def build(home: Home, init: str, modules: Sequence[str], *, early: Sequence[str]
     return made
 
 
+def with_init(program: bytes) -> bytes:
+    """An archive of a static program as /init, and the console it speaks on."""
+    return archive(
+        [
+            _Entry("dev", stat.S_IFDIR | 0o755),
+            _Entry("dev/console", stat.S_IFCHR | 0o600, rdev=_CONSOLE),
+            _Entry("init", stat.S_IFREG | 0o755, program),
+        ]
+    )
+
+
 def _write(folder: str, path: str, data: bytes) -> None:
     fd, scratch = tempfile.mkstemp(dir=folder, prefix=".new-")
     with contextlib.ExitStack() as undo:

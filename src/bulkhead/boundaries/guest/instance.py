@@ -14,7 +14,7 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from signal import SIGKILL
 from typing import Any
@@ -24,7 +24,7 @@ import msgspec
 from bulkhead import _native
 from bulkhead.boundaries import jail
 from bulkhead.boundaries.container import Container, ContainerBoundary
-from bulkhead.boundaries.guest import files, link, plan, resuming
+from bulkhead.boundaries.guest import files, hotplug, link, plan, resuming
 from bulkhead.boundaries.guest.frames import last_words
 from bulkhead.boundaries.guest.interior import Interior
 from bulkhead.boundaries.guest.report import INSIDE, Report
@@ -44,7 +44,7 @@ KILL = 63
 OPTIONAL = frozenset({"pausable", "updatable", "measured", "guest"})
 _DETAIL = "/run/detail"
 _DETAIL_MAX = 128 << 10
-_START_S = 130.0
+START_S = 130.0
 """Above the monitor's own patience, which has better words."""
 _EXEC_S = 60.0
 _KILL_S = 5.0
@@ -62,6 +62,8 @@ class Prepared:
     """Of the monitor."""
     fds: tuple[OwnedFd, ...] = ()
     """What the machine monitor has as descriptors after those of the taps; closed by `start`."""
+    slots: Sequence[int] = ()
+    """For disks, that are in use from the start (hotplug.py)."""
 
 
 class GuestBoundary(ABC):
@@ -103,14 +105,38 @@ class GuestBoundary(ABC):
 
     async def create(self, bundle: Bundle) -> "Guest":
         """Make the control group of a workload; nothing runs yet."""
-        return Guest(self, bundle, await self.container.create(self._inner(bundle)))
+        return self._instance(bundle, await self.container.create(self._inner(bundle)))
 
     async def load(self, bundle: Bundle, pid: int) -> "Guest":
         """A workload of an earlier engine."""
-        return Guest(self, bundle, await self.container.load(self._inner(bundle), pid))
+        return self._instance(bundle, await self.container.load(self._inner(bundle), pid))
+
+    def _instance(self, bundle: Bundle, inner: Container) -> "Guest":
+        if bundle.within is None:
+            return Guest(self, bundle, inner)
+        from bulkhead.boundaries.guest.member import Member  # which is made of Guest
+
+        return Member(self, bundle, inner)
 
     def _inner(self, bundle: Bundle) -> Bundle:
+        if bundle.within is not None:
+            from bulkhead.boundaries.guest import member
+
+            return jail.jail_bundle(
+                member.own_bundle(bundle), member.jail_of(bundle, terminal=False), ()
+            )
         return jail.jail_bundle(bundle, self.shape(bundle, terminal=False), ())
+
+    def plugs(self, pid: int, cards: int) -> hotplug.Plugs:
+        """The slots for disks of the running guest whose monitor is process `pid`."""
+        raise Unsupported(
+            f"a guest behind the boundary {self.name} takes no further workloads: --boundary "
+            "sandbox or microvm"
+        )
+
+    def share_modules(self, bundle: Bundle) -> Sequence[str]:
+        """Files of the initramfs that a guest without shares may not have loaded, in order."""
+        return ()
 
 
 class Guest:
@@ -125,6 +151,10 @@ class Guest:
     @property
     def _reports(self) -> str:
         return f"{self.bundle.directory}/guest"
+
+    def shape(self, *, terminal: bool) -> jail.Jail:
+        """The jail's shape, for one more process in it."""
+        return self.boundary.shape(self.bundle, terminal=terminal)
 
     # --- seam ------------------------------------------------------------------------------
 
@@ -177,8 +207,8 @@ class Guest:
         with contextlib.ExitStack() as undo:
             for fd in (*prepared.fds, *(nic.tap for nic in bundle.nics)):
                 undo.callback(fd.close)
-            lock = undo.enter_context(await _own_disk(bundle.rootfs.disk))
-            frames = undo.enter_context(_memfd(planned.frames))
+            lock = undo.enter_context(await own_disk(bundle.rootfs.disk))
+            frames = undo.enter_context(memfd(planned.frames))
             report = undo.enter_context(Report(self._reports, uid))
             taps = [int(nic.tap) for nic in bundle.nics]
             # The lock is the last: it ends with the last process of the jail.
@@ -192,9 +222,12 @@ class Guest:
                 options += ("--files-fd", str(jail.FIRST_FD + len(fds)))
                 fds += (int(served),)
             inside = jail.jail_bundle(bundle, prepared.jail, fds)
-            inside.spec.mounts.append(_reports_mount(self._reports))
+            inside.spec.mounts.append(reports_mount(self._reports))
             inside.spec.mounts.append(_detail_mount(self._reports, uid))
-            _note(self._reports, "memory", str(prepared.jail.guest_bytes))
+            note(self._reports, "memory", str(prepared.jail.guest_bytes))
+            note(self._reports, "cards", str(len(bundle.nics)))
+            note(self._reports, "places", json.dumps(_places(bundle, machine, shares)))
+            hotplug.write(f"{self._reports}/{hotplug.NAME}", dict.fromkeys(prepared.slots, ("", 0)))
             assert inside.spec.process is not None
             inside.spec.process.args = [
                 MONITOR, "run", "--socket", SOCKET, "--report", report.inside,
@@ -203,7 +236,7 @@ class Guest:
             self.inner.bundle = inside
             launched = await self.inner.start(stdio)
             try:
-                await self._reported(launched, report, planned.steps, _START_S)
+                await self._reported(launched, report, planned.steps, START_S)
             except BaseException:
                 await self._discard(bundle.id)
                 raise
@@ -262,14 +295,25 @@ class Guest:
         planned = plan.exec_(
             self.bundle, process, terminal=stdio.terminal, rows=stdio.rows, columns=stdio.columns
         )
+        return await self.run_client(identity, stdio, planned, ("--socket", SOCKET), ())
+
+    async def run_client(
+        self,
+        identity: str,
+        stdio: Stdio,
+        planned: plan.Planned,
+        way: Sequence[str],
+        more: Sequence[int],
+    ) -> Launched:
+        """Run a client of the monitor in the jail, which reaches it by the options `way`."""
         uid = jail.uid_of(self.bundle.id)
         with contextlib.ExitStack() as undo:
-            frames = undo.enter_context(_memfd(planned.frames))
+            frames = undo.enter_context(memfd(planned.frames))
             report = undo.enter_context(Report(self._reports, uid))
-            shape = self.boundary.shape(self.bundle, terminal=stdio.terminal)
+            shape = self.shape(terminal=stdio.terminal)
             client = jail.process(self.bundle, shape)
-            client.args = [MONITOR, "exec", "--socket", SOCKET, "--report", report.inside]
-            launched = await self.inner.exec(identity, client, stdio, (int(frames),))
+            client.args = [MONITOR, "exec", *way, "--report", report.inside]
+            launched = await self.inner.exec(identity, client, stdio, (int(frames), *more))
             try:
                 await self._reported(launched, report, planned.steps, _EXEC_S)
             except BaseException:
@@ -326,7 +370,7 @@ class Guest:
 
     def _update_inside(self, resources: Resources) -> None:
         limit = resources.memory.limit if resources.memory is not None else None
-        booted = int(_noted(self._reports, "memory") or 0)
+        booted = int(noted(self._reports, "memory") or 0)
         if limit is not None and booted and limit > booted:
             raise Conflict(
                 f"the guest was started with {booted >> 20} MiB of memory: more than that takes a "
@@ -372,14 +416,14 @@ class Guest:
     def _detail(self) -> dict[str, Any]:
         """What the monitor wrote at its end, or nothing. It is believed no more than the guest."""
         try:
-            found = json.loads(_noted(self._reports, "detail") or "{}")
+            found = json.loads(noted(self._reports, "detail") or "{}")
         except ValueError:
             return {}
         return found if isinstance(found, dict) else {}
 
     def memory(self) -> int:
         """Bytes of memory that the guest was started with, 0 if that is not known."""
-        return int(_noted(self._reports, "memory") or 0)
+        return int(noted(self._reports, "memory") or 0)
 
     def interior(self, *, shown: bool = False) -> Interior:
         """Files, processes and limits inside; `shown`: of one that was only shown.
@@ -409,7 +453,8 @@ def native_program(name: str) -> str:
     return path
 
 
-def _memfd(data: bytes) -> OwnedFd:
+def memfd(data: bytes) -> OwnedFd:
+    """A file of memory with these bytes, at its start."""
     fd = OwnedFd(os.memfd_create("frames", os.MFD_CLOEXEC))
     view = memoryview(data)
     while view:
@@ -418,7 +463,20 @@ def _memfd(data: bytes) -> OwnedFd:
     return fd
 
 
-async def _own_disk(path: str | None) -> OwnedFd:
+def _places(
+    bundle: Bundle, machine: plan.Machine, shares: files.Shares | None
+) -> dict[str, tuple[str, bool]]:
+    """Where in the guest files of the host are, and whether they can be written; for members."""
+    found = shares.places() if shares else {}
+    for position, source in machine.sources.items():
+        if isinstance(source, plan.Disk):
+            mount = bundle.spec.mounts[position]
+            bases = (one for one in bundle.disks if f"{mount.source}/".startswith(f"{one}/"))
+            found |= dict.fromkeys(bases, (f"/volumes/{position}", not source.readonly))
+    return found
+
+
+async def own_disk(path: str | None) -> OwnedFd:
     """The writable disk, locked: two kernels with one file system would destroy it. flock(2)."""
     assert path is not None
     fd = OwnedFd(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
@@ -445,12 +503,13 @@ def _detail_mount(directory: str, uid: int) -> Mount:
     return Mount(_DETAIL, path, "bind", ["bind", "rw", "nosuid", "nodev", "noexec"])
 
 
-def _note(directory: str, name: str, text: str) -> None:
+def note(directory: str, name: str, text: str) -> None:
+    """Write down something about a running guest."""
     with open(f"{directory}/{name}", "w", encoding="utf-8") as file:
         file.write(text)
 
 
-def _noted(directory: str, name: str) -> str:
+def noted(directory: str, name: str) -> str:
     """A note, or what the jail wrote; "" without one."""
     try:
         with open(f"{directory}/{name}", encoding="utf-8", errors="replace") as file:
@@ -459,6 +518,7 @@ def _noted(directory: str, name: str) -> str:
         return ""
 
 
-def _reports_mount(directory: str) -> Mount:
+def reports_mount(directory: str) -> Mount:
+    """Where a jail finds the sockets that are reported to."""
     options = ["bind", "ro", "nosuid", "nodev", "noexec"]
     return Mount(INSIDE, directory, "bind", options)

@@ -11,9 +11,10 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
-from bulkhead.boundaries.guest import link, tree
+from bulkhead.boundaries.guest import frames, link, tree
 from bulkhead.boundaries.guest.plan import GROUP, VIEW
 from bulkhead.errors import BulkheadError, Unavailable
 from bulkhead.linux.fds import OwnedFd
@@ -33,12 +34,28 @@ class Sink(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where in a guest a workload is: its first process's id, its group, its places."""
+
+    process: int = frames.MAIN
+    group: str = GROUP
+    base: str = ""
+
+    def environment(self) -> list[str]:
+        """For the tool."""
+        return [f"BULKHEAD_GROUP={self.group}", f"BULKHEAD_BASE={self.base}"] if self.base else []
+
+
 class Interior:
     """What is behind the monitor that is process `pid`; `shown`: a guest of files alone."""
 
-    def __init__(self, pid: int, *, shown: bool = False, place: str = link.PLACE) -> None:
+    def __init__(
+        self, pid: int, *, shown: bool = False, place: str = link.PLACE, seat: Seat | None = None
+    ) -> None:
         self._pid = pid
         self._place = place
+        self._seat = seat or Seat()
         self._main = not shown
         self._root = VIEW if shown else "main"
 
@@ -66,7 +83,9 @@ class Interior:
 
     def export(self, layers: int, handle: Callable[[tree.Reader], _T]) -> _T:
         """Image and writable layer as one tree, without what is mounted in it."""
-        lowers = ":".join(["/upper/upper", *(f"/layers/{n}" for n in range(layers))])
+        base = self._seat.base
+        places = (f"{base}/layers/{n}" for n in range(layers))
+        lowers = ":".join([f"{base}/upper/upper", *places])
         return self._receive(["export", f"lowerdir={lowers}"], handle)
 
     def put(self, directory: str, write: Callable[[Sink], None], *, keep_kinds: bool) -> None:
@@ -116,7 +135,10 @@ class Interior:
             reading, writing = (undo.enter_context(fd) for fd in link.pipe())
             if stdin is None:
                 stdin = undo.enter_context(OwnedFd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)))
-            connection.tool(arguments, int(stdin), int(writing), main=self._main)
+            seat = self._seat
+            context = seat.process if self._main else 0
+            out, known = int(writing), seat.environment()
+            connection.tool(arguments, int(stdin), out, context=context, environment=known)
             stdin.close()
             writing.close()
             begun()
@@ -145,7 +167,7 @@ class Interior:
             with theirs:
                 connection = self._link(_CONNECT_S)
                 arguments = ["connect", address, str(port)]
-                connection.tool(arguments, theirs.fileno(), theirs.fileno(), main=False)
+                connection.tool(arguments, theirs.fileno(), theirs.fileno(), context=0)
             ours.settimeout(_CONNECT_S)
             answer = ours.recv(4, socket.MSG_WAITALL)
             number = struct.unpack("<i", answer)[0] if len(answer) == 4 else errno.ECONNABORTED
@@ -170,12 +192,12 @@ class Interior:
     def usage(self) -> dict[str, Any]:
         """What the workload uses in its guest, in the shape of Docker's statistics."""
         with self._link() as connection:
-            memory = _numbers(connection.read(f"{GROUP}/memory.stat"))
-            used = _number(connection.read(f"{GROUP}/memory.current"))
-            limit = _number(connection.read(f"{GROUP}/memory.max"))
+            memory = _numbers(connection.read(f"{self._seat.group}/memory.stat"))
+            used = _number(connection.read(f"{self._seat.group}/memory.current"))
+            limit = _number(connection.read(f"{self._seat.group}/memory.max"))
             total = _numbers(connection.read("/proc/meminfo")).get("MemTotal:", 0) << 10
-            tasks = _number(connection.read(f"{GROUP}/pids.current"))
-            cpu = _numbers(connection.read(f"{GROUP}/cpu.stat"))
+            tasks = _number(connection.read(f"{self._seat.group}/pids.current"))
+            cpu = _numbers(connection.read(f"{self._seat.group}/cpu.stat"))
             events = _numbers(connection.read("/proc/vmstat"))
         return {
             "memory_stats": {"usage": used, "limit": min(limit, total) or total, "stats": memory},
@@ -184,15 +206,21 @@ class Interior:
             "oom_kills": events.get("oom_kill", 0),
         }
 
-    def limit(self, *, memory: int | None, tasks: int | None) -> None:
+    def limit(self, *, memory: int | None, tasks: int | None, cpu: str = "") -> None:
         """Limits of the workload's control group in bytes and tasks; None: as it is, 0 or less: no
-        limit. LaunchFailed if the guest's kernel refuses.
+        limit. `cpu` is what cpu.max is to hold. LaunchFailed if the guest's kernel refuses.
         """
         values = []
         if memory is not None:
-            values.append((f"{GROUP}/memory.max", str(memory) if memory > 0 else "max"))
+            values.append((f"{self._seat.group}/memory.max", str(memory) if memory > 0 else "max"))
         if tasks is not None:
-            values.append((f"{GROUP}/pids.max", str(tasks) if tasks > 0 else "max"))
+            values.append((f"{self._seat.group}/pids.max", str(tasks) if tasks > 0 else "max"))
+        if cpu:
+            values.append((f"{self._seat.group}/cpu.max", cpu))
+        self.set(values)
+
+    def set(self, values: list[tuple[str, str]]) -> None:
+        """Write these values to these files of the guest's kernel; LaunchFailed."""
         if values:
             with self._link() as connection:
                 connection.set_up(link.settings(values))

@@ -7,6 +7,7 @@ Everything here blocks, for at most the time given: it is for threads.
 """
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -22,12 +23,13 @@ from bulkhead.errors import Unavailable
 from bulkhead.linux import openat2
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.linux.mounts import AT_FDCWD
-from bulkhead.linux.program import Fd, Program
+from bulkhead.linux.program import Compiled, Fd, Program
 
 PLACE = "run/guest.sock"
 _PACKET = frames.HEADER.size + frames.FRAME_MAX
 _ONE = 1
 """The id of the only request of a connection."""
+_FAREWELL = 2
 _MAIN_FD = 100
 """Where the tool finds the main process (native/guest_tool.c)."""
 _TOOL = "/initramfs/init"
@@ -83,23 +85,52 @@ class Link:
             raise OSError(frame.arg, os.strerror(frame.arg), path)
         return frame.payload
 
-    def set_up(self, program: Program) -> None:
+    def set_up(self, program: Program, *, context: int = 0) -> None:
         """Run steps in the init's own namespaces; LaunchFailed names the one that failed."""
         compiled = program.compile()
-        self._send(*frames.run_packets(_ONE, compiled.data, frames.Mode.SETUP))
+        packets = frames.run_packets(_ONE, compiled.data, frames.Mode.SETUP, context=context)
+        self._send(*packets)
+        self._done("a set-up", compiled.steps)
+
+    def _done(self, what: str, steps: Sequence[str]) -> None:
         frame = self._receive(self._timeout_s)
         if frame.type == frames.Type.FAILED:
-            raise frames.failure(frame, compiled.steps)
+            raise frames.failure(frame, steps)
         if frame.type != frames.Type.DONE:
-            raise frames.GuestProtocolError(f"the monitor answered {frame.type} to a set-up")
+            raise frames.GuestProtocolError(f"the monitor answered {frame.type} to {what}")
 
-    def tool(self, arguments: Sequence[str], stdin: int, stdout: int, *, main: bool) -> None:
-        """Begin the tool with these descriptors; `main`: it needs the workload's first process.
+    def become_member(self, farewell: Compiled, fds: Sequence[int]) -> None:
+        """Be a workload's connection: `farewell` is run when all that it runs has ended, or it has.
+
+        `fds`: one that is open until then, and the socket of a file server, if there is one.
+        """
+        mode, kind = frames.Mode.SETUP, frames.Type.MEMBER
+        self._send(*frames.run_packets(_FAREWELL, farewell.data, mode, kind=kind), fds=fds)
+        self._done("a member", ())
+
+    def mount(self, number: int, target: str, options: str) -> None:
+        """Mount what this member's file server calls `number`; LaunchFailed."""
+        self._send(frames.fuse_mount(number, target, options))
+        self._done("a mount", ())
+
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._socket.fileno()
+
+    def tool(
+        self,
+        arguments: Sequence[str],
+        stdin: int,
+        stdout: int,
+        *,
+        context: int,
+        environment: Sequence[str] = (),
+    ) -> None:
+        """Begin the tool with these descriptors; `context`: the process that it needs, or 0.
 
         LaunchFailed if it cannot be run. `ended` waits for its end.
         """
-        program = _tool(arguments, main=main)
-        context = frames.MAIN if main else 0
+        program = _tool(arguments, environment, main=bool(context))
         packets = frames.run_packets(_ONE, program.data, frames.Mode.PIPES, context=context)
         with OwnedFd(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)) as null:
             self._send(*packets, fds=(stdin, stdout, int(null)))
@@ -148,7 +179,7 @@ class _Compiled:
         self.data, self.steps = data, steps
 
 
-def _tool(arguments: Sequence[str], *, main: bool) -> _Compiled:
+def _tool(arguments: Sequence[str], environment: Sequence[str], *, main: bool) -> _Compiled:
     program = Program()
     for number, name in enumerate(frames.STREAMS):
         program.call(f"{name} of the tool", "dup3", Fd(number), number, 0)
@@ -156,7 +187,7 @@ def _tool(arguments: Sequence[str], *, main: bool) -> _Compiled:
         program.call("the workload", "dup3", Fd(frames.CONTEXT), _MAIN_FD, 0)
     program.call("go to the root", "chdir", "/")
     argv = ["bulkhead-guest", *arguments]
-    program.exec("execute the tool", [_TOOL, "/proc/1/exe"], argv, [])
+    program.exec("execute the tool", [_TOOL, "/proc/1/exe"], argv, environment)
     compiled = program.compile()
     return _Compiled(compiled.data, compiled.steps)
 
@@ -213,9 +244,10 @@ def clock(realtime_ns: int) -> Program:
     return program
 
 
-def settings(values: Sequence[tuple[str, str]]) -> Program:
-    """Write these values to these files, in their order."""
+def settings(values: Sequence[tuple[str, str]], *, absent: bool = False) -> Program:
+    """Write these values to these files, in order; `absent`: they may name what is not there."""
     program = Program()
     for path, value in values:
-        program.write(f"set {path}", AT_FDCWD, path, value)
+        missing = (errno.ENOENT, errno.ENODEV) if absent else ()
+        program.write(f"set {path}", AT_FDCWD, path, value, ok=missing)
     return program

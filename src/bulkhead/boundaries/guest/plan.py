@@ -22,7 +22,7 @@ A member of a pod (member.py) has all that below a directory of its own (`Machin
 import errno
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -206,7 +206,7 @@ def start(
     flags = main.clone_flags
     parts.append(frames.run(MAIN, program, mode, clone_flags=flags, rows=rows, columns=columns))
     if machine.write_back and _wanted_again(bundle, sources):
-        parts.append(frames.shutdown(machine.poweroff, _unmounts(machine, sources)))
+        parts.append(frames.shutdown(machine.poweroff, unmounts(machine, sources)))
     return Planned(
         b"".join(parts),
         {SETUP: setup.steps, MAIN: main.compiled.steps},
@@ -218,6 +218,27 @@ def _wanted_again(bundle: Bundle, sources: Mapping[int, Source]) -> bool:
     """Whether anything that the guest has written is to be read after its end."""
     lasting = (one for one in sources.values() if isinstance(one, (Share, Disk)))
     return not bundle.rootfs.volatile or any(lasting)
+
+
+def member(
+    bundle: Bundle,
+    machine: Machine,
+    sources: Mapping[int, Source],
+    *,
+    context: int,
+    terminal: bool,
+    rows: int,
+    columns: int,
+) -> Planned:
+    """The main program of a workload in another's guest, beside process `context`; see pods.py."""
+    spec = guest_spec(bundle.spec, sources, joined=JOINED, base=machine.base)
+    main = _main(spec, machine, sources, None, terminal=terminal)
+    program = _sized(main, terminal=terminal, rows=rows, columns=columns)
+    mode, flags = Mode.TERMINAL if terminal else Mode.PIPES, main.clone_flags
+    data = frames.run(
+        MAIN, program, mode, clone_flags=flags, context=context, rows=rows, columns=columns
+    )
+    return Planned(data, {MAIN: main.compiled.steps}, tuple(main.compiled.listing))
 
 
 def exec_(
@@ -263,7 +284,7 @@ def show(bundle: Bundle, machine: Machine) -> Planned:
     parts = [
         frames.run(SETUP, setup.data, Mode.SETUP),
         frames.run(MAIN, main.data, Mode.PIPES),
-        frames.shutdown(machine.poweroff, [VIEW, *_unmounts(machine, {})]),
+        frames.shutdown(machine.poweroff, [VIEW, *unmounts(machine, {})]),
     ]
     steps = {SETUP: setup.steps, MAIN: main.steps}
     return Planned(b"".join(parts), steps, (*setup.listing, *main.listing))
@@ -440,7 +461,8 @@ def _sized(template: Template, *, terminal: bool, rows: int, columns: int) -> by
     return template.compiled.data
 
 
-def _unmounts(machine: Machine, sources: Mapping[int, Source]) -> list[str]:
+def unmounts(machine: Machine, sources: Mapping[int, Source]) -> list[str]:
+    """What is to be unmounted before the disks are whole, in that order."""
     base = machine.base
     disks = [f"{base}/volumes/{n}" for n, source in sources.items() if isinstance(source, Disk)]
     return [*disks, f"{base}/upper"] if machine.upper else disks
@@ -466,17 +488,7 @@ def _setup(
 ) -> _Compiled:
     program = Program()
     program.call("clear the umask", "umask", 0)
-    for path in machine.modules:
-        fd = program.call(
-            f"open module {path}",
-            "openat",
-            AT_FDCWD,
-            INITRAMFS + path,
-            os.O_RDONLY | os.O_CLOEXEC,
-            0,
-        )
-        program.call(f"load module {path}", "finit_module", fd, "", 0, ok=(errno.EEXIST,))
-        program.call("close", "close", fd)
+    plan_modules(program, machine.modules)
     for driver, device in machine.devices:
         path = f"/sys/bus/virtio/drivers/{driver}/bind"
         program.write(f"use {device} as {driver}", AT_FDCWD, path, device)
@@ -494,6 +506,15 @@ def _setup(
     return _Compiled(compiled.data, compiled.steps, compiled.listing)
 
 
+def plan_modules(program: Program, modules: Sequence[str]) -> None:
+    """Load these files of the initramfs, in their order."""
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    for path in modules:
+        fd = program.call(f"open module {path}", "openat", AT_FDCWD, INITRAMFS + path, flags, 0)
+        program.call(f"load module {path}", "finit_module", fd, "", 0, ok=(errno.EEXIST,))
+        program.call("close", "close", fd)
+
+
 def _plan_view(program: Program, machine: Machine) -> None:
     lowers = ":".join(f"/layers/{number}" for number in range(len(machine.layers)))
     options = f"lowerdir={lowers},upperdir=/upper/upper,workdir=/upper/work"
@@ -509,6 +530,8 @@ def _directory(program: Program, path: str, mode: int = 0o755) -> None:
 
 def _mount(program: Program, device: str, path: str, fstype: str, flags: int) -> None:
     _directory(program, path)
+    # Tables of inodes that were never used stay holes of the image.
+    options = "noinit_itable" if fstype == "ext4" else None
     # Tables of inodes that were never used stay holes of the image.
     options = "noinit_itable" if fstype == "ext4" else None
     step = f"mount {fstype} {device} on {path}"

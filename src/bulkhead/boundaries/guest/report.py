@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import struct
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +21,7 @@ from bulkhead.linux.fds import OwnedFd
 
 INSIDE = "/run/host"
 _PACKET = frames.HEADER.size + frames.FRAME_MAX
+_ID = struct.Struct("<I")
 
 
 class Report:
@@ -29,6 +31,8 @@ class Report:
         os.makedirs(directory, mode=0o755, exist_ok=True)
         self._directory = OwnedFd(os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         self._name = f"{os.urandom(6).hex()}.sock"
+        self.process = 0
+        """What the monitor calls the process; of members."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             # By way of the descriptor: the path itself may be longer than a socket's may be.
@@ -89,7 +93,7 @@ class Report:
             if not receiving.done():
                 what = "its monitor has ended" if ended.done() else f"silent for {timeout_s:.0f} s"
                 raise Unavailable(f"the guest did not start: {what}")
-            return _started(receiving.result(), steps)
+            return self._started(receiving.result(), steps)
         finally:
             loop.remove_reader(pidfd)
             receiving.cancel()
@@ -100,14 +104,15 @@ class Report:
         with connection:
             return await loop.sock_recv(connection, _PACKET)
 
-
-def _started(packet: bytes, steps: Mapping[int, Sequence[str]]) -> int:
-    found = frames.Decoder().feed(packet)
-    if len(found) != 1:
-        raise Unavailable("the guest did not start, and its monitor did not say why")
-    (frame,) = found
-    if frame.type == frames.Type.FAILED:
-        raise frames.failure(frame, steps.get(frame.id, ()))
-    if frame.type != frames.Type.STARTED:
-        raise frames.GuestProtocolError(f"the monitor said {frame.type} instead of STARTED")
-    return frame.arg
+    def _started(self, packet: bytes, steps: Mapping[int, Sequence[str]]) -> int:
+        found = frames.Decoder().feed(packet)
+        if len(found) != 1:
+            raise Unavailable("the guest did not start, and its monitor did not say why")
+        (frame,) = found
+        if frame.type == frames.Type.FAILED:
+            raise frames.failure(frame, steps.get(frame.id, ()))
+        if frame.type != frames.Type.STARTED:
+            raise frames.GuestProtocolError(f"the monitor said {frame.type} instead of STARTED")
+        if len(frame.payload) == _ID.size:
+            (self.process,) = _ID.unpack(frame.payload)
+        return frame.arg
