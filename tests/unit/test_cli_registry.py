@@ -110,7 +110,8 @@ _OURS_ALONE = frozenset(
         "system reservations", "export-workload", "import-workload",
         "kernel add", "kernel ls", "kernel pull", "kernel rm",
         "builder df", "builder export", "builder import", "builder mounts", "registry serve",
-        "fork", "restore", "snapshot", "snapshot ls", "snapshot rm",
+        "fork", "restore", "snapshot", "snapshot ls", "snapshot rm", "compare",
+        "advise", "assess",
     )
 )  # fmt: skip
 

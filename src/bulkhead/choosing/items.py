@@ -200,14 +200,18 @@ def _state(item: Item, add: _Add) -> None:
         add("state=none", "its root is read-only, and it has no volume")
 
 
-def memory(value: object, where: str) -> int:
-    """Bytes of a size as Compose, Kubernetes or a number write it; Invalid otherwise."""
+def memory(value: object, where: str, *, decimal: bool = True) -> int:
+    """Bytes of a size as Kubernetes, libvirt or a number write it; Invalid otherwise.
+
+    Without `decimal` M and G mean 1024 * 1024 and so on, as Compose has it.
+    """
     if isinstance(value, bool) or value is None:
         return 0
     if isinstance(value, int | float):
         return int(value)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
-    scale = _SCALES.get(match[2]) if match else None
+    unit = (match[2] if decimal else match[2].lower()) if match else ""
+    scale = _SCALES.get(unit) if match else None
     if match is None or scale is None:
         raise Invalid(f"{where}: {value!r} is no size")
     return int(float(match[1]) * scale)

@@ -54,6 +54,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "unpause": ("lifecycle", "Unpause all processes within one or more containers"),
     "update": ("update", "Update configuration of one or more containers"),
     "wait": ("lifecycle", "Block until one or more containers stop, then print their exit codes"),
+    "compare": ("compare", "Measure what each boundary costs on this host"),
+    "advise": ("advise", "Say which boundary a workload needs, and why"),
     "doctor": ("system", "Check what this host offers, and how to mend what it lacks"),
     "serve": ("system", "Run the engine in the foreground"),
     "completion": ("completion", "Print the completion script for bash, zsh or fish"),
