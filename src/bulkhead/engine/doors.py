@@ -5,7 +5,7 @@ first connection, so that a door which nobody uses costs a listening socket and 
 """
 
 import asyncio
-import contextlib
+import functools
 import logging
 import socket
 import ssl
@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
 from bulkhead.engine.calls import Method
+from bulkhead.engine.listening import Listeners
 
 if TYPE_CHECKING:
     from bulkhead.engine.core import Engine
@@ -44,29 +45,18 @@ class Door:
         self._methods = methods
         self._name = host
         self._host: Host | None = None
-        self._listening: list[socket.socket] = []
-        self._loop = asyncio.get_running_loop()
+        self._listening = Listeners(asyncio.get_running_loop())
 
     def listen(self, sock: socket.socket, tls: Callable[[], ssl.SSLContext] | None = None) -> None:
         """Serve a socket that is bound and listening; it belongs to the door from now on."""
-        sock.setblocking(False)
-        self._listening.append(sock)
-        self._loop.add_reader(sock.fileno(), self._accept, sock, tls)
+        self._listening.add(sock, functools.partial(self._came, tls))
 
-    def _accept(self, listening: socket.socket, tls: Callable[[], ssl.SSLContext] | None) -> None:
-        for _ in range(64):
-            try:
-                sock, _ = listening.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                log.warning("cannot accept a client: %s", error)
-                return
-            try:
-                self._behind().accept(sock, tls() if tls else None)
-            except Exception:
-                log.exception("a client of %s cannot be served", self._name[0])
-                sock.close()
+    def _came(self, tls: Callable[[], ssl.SSLContext] | None, sock: socket.socket) -> None:
+        try:
+            self._behind().accept(sock, tls() if tls else None)
+        except Exception:
+            log.exception("a client of %s cannot be served", self._name[0])
+            sock.close()
 
     def _behind(self) -> Host:
         """Who serves, imported now if this is the first client."""
@@ -78,10 +68,6 @@ class Door:
 
     async def close(self) -> None:
         """Stop listening and end every connection."""
-        for sock in self._listening:
-            with contextlib.suppress(OSError):
-                self._loop.remove_reader(sock.fileno())
-            sock.close()
-        self._listening.clear()
+        self._listening.close()
         if self._host is not None:
             await self._host.close()

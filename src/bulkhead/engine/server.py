@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from bulkhead.engine.calls import Call, Method
+from bulkhead.engine.listening import Listeners
 from bulkhead.errors import BulkheadError, Internal, Invalid
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.rpc import wire
@@ -195,32 +196,19 @@ class Server:
         self.loop = asyncio.get_running_loop()
         self.connections: set[Connection] = set()
         self.on_idle: Callable[[], None] | None = None
-        self._listening: list[socket.socket] = []
+        self._listening = Listeners(self.loop)
 
     def listen(self, sock: socket.socket) -> None:
         """Serve a socket that is bound and listening; it belongs to the server from now on."""
-        sock.setblocking(False)
-        self._listening.append(sock)
-        self.loop.add_reader(sock.fileno(), self._accept, sock)
+        self._listening.add(sock, self._came)
 
-    def _accept(self, listening: socket.socket) -> None:
-        for _ in range(64):
-            try:
-                sock, _ = listening.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                log.warning("cannot accept a client: %s", error)
-                return
-            sock.setblocking(False)
-            with contextlib.suppress(OSError):
-                self.connections.add(Connection(self, sock))
+    def _came(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        with contextlib.suppress(OSError):
+            self.connections.add(Connection(self, sock))
 
     async def close(self) -> None:
         """Stop listening and end every connection."""
-        for sock in self._listening:
-            self.loop.remove_reader(sock.fileno())
-            sock.close()
-        self._listening.clear()
+        self._listening.close()
         for connection in list(self.connections):
             await connection.finish()
