@@ -272,6 +272,12 @@ def check_program(pid: int, process: Process) -> None:
     raise launch_failure(EXEC, 0, problem, name, ["execute the program"], no_interpreter=False)
 
 
+def read(records: Records, identity: str, options: Options) -> tuple[Spec, Record]:
+    """What a bundle is to become, before any of it is there; Invalid for one that cannot be."""
+    creation = _Creation(records, identity, options)
+    return creation.spec, creation.record
+
+
 def create(records: Records, identity: str, options: Options) -> Record:
     """Make the container `identity` up to the moment before its program runs."""
     return _Creation(records, identity, options).run()

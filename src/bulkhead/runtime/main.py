@@ -28,6 +28,8 @@ _MODULES = {
     "update": "limits",
     "pause": "limits",
     "resume": "limits",
+    "checkpoint": "checkpoints",
+    "restore": "checkpoints",
 }
 """Where a command is, unless in `commands`."""
 

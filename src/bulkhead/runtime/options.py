@@ -52,7 +52,7 @@ GLOBALS = (
     _text("log", "file to write the log to", "/dev/stderr"),
     _text("log-format", "text or json", "text"),
     _text("root", "where the state of containers is kept"),
-    _text("criu", "not used: checkpoints are not supported yet"),
+    _text("criu", "CRIU's program, for checkpoint and restore", "criu"),
     _flag("systemd-cgroup", "cgroupsPath in systemd's form (not supported yet)"),
     _text("rootless", "true, false or auto; rootless use is not supported yet", "auto"),
     _flag("help h", "show this"),
@@ -66,6 +66,19 @@ _CREATE = (
     _flag("no-pivot", "refused: the root is always changed by pivot_root"),
     _flag("no-new-keyring", "refused: there is always a session keyring of its own"),
     _number("preserve-fds", "descriptors from 3 on to pass (only 0 is supported)"),
+)
+_IMAGES = (
+    _text("image-path", "folder of the images, default ./checkpoint"),
+    _text("work-path", "folder of CRIU's log, default that of the images"),
+    _flag("tcp-established", "with open TCP connections"),
+    _flag("tcp-close", "with open TCP connections, which are closed by a restore"),
+    _flag("ext-unix-sk", "with unix sockets that lead outside"),
+    _flag("shell-job", "with a session that is led from outside"),
+    _flag("file-locks", "with locks on files"),
+    _flag("auto-dedup", "free what an earlier pre-dump has of the same pages"),
+    _flag("lazy-pages", "refused: pages are read from the image path"),
+    _text("manage-cgroups-mode", "soft, full, strict or ignore", "soft"),
+    _list("empty-ns", "leave a namespace empty; only network"),
 )
 _FORMAT = _text("format f", "table or json", "table")
 
@@ -159,6 +172,34 @@ COMMANDS = (
         "ID",
         "statistics and out-of-memory events as JSON lines",
         (_text("interval", "time between two statistics", "5s"), _flag("stats", "print once")),
+    ),
+    Command(
+        "checkpoint",
+        "ID",
+        "save a container's processes, and remove it",
+        (
+            *_IMAGES,
+            _flag("leave-running", "let it go on"),
+            _flag("pre-dump", "save memory only, and let it go on"),
+            _text("parent-path", "images of an earlier pre-dump, relative to the image path"),
+            _flag("link-remap", "with files that were removed but are open"),
+            _flag("tcp-skip-in-flight", "without connections that are not accepted yet"),
+            _text("page-server", "refused: pages are written to the image path"),
+            _text("status-fd", "refused: wait for the command"),
+        ),
+    ),
+    Command(
+        "restore",
+        "ID",
+        "make a container of a checkpoint, and wait for it",
+        (
+            *_IMAGES,
+            *_CREATE,
+            _flag("detach d", "do not wait"),
+            _flag("no-subreaper", "do not adopt the container's orphans"),
+            _text("lsm-profile", "TYPE:NAME of the AppArmor or SELinux profile"),
+            _text("lsm-mount-context", "refused: mounts keep their contexts"),
+        ),
     ),
     Command(
         "spec",

@@ -126,8 +126,10 @@ class Records:
             return names
 
     def remove(self, identity: str) -> None:
-        """Forget the container."""
-        shutil.rmtree(self.path(identity))
+        """Forget the container: at once for everybody, then its files."""
+        beside = f"{self.root}/{_BESIDE}{identity}.{os.getpid()}"
+        os.rename(self.path(identity), beside)
+        shutil.rmtree(beside)
 
     def ids(self) -> list[str]:
         """Every id that is taken, in order."""
