@@ -247,6 +247,23 @@ def test_workers_end_when_the_server_is_killed(rig: Rig) -> None:
     assert rig.cli("native", "run", "image").returncode == 5
 
 
+def test_when_it_is_quiet_one_worker_waits(rig: Rig) -> None:
+    rig.started()
+
+    def workers() -> int:
+        heads_ = set(heads(rig))
+        return sum(1 for parent, _ in servers(rig).values() if parent in heads_)
+
+    until(lambda: workers() == 1, "the others have ended")
+
+    def busy() -> bool:
+        rig.cli("native", "--version")
+        return workers() == 2
+
+    until(busy, "there are two again")
+    until(lambda: workers() == 1, "but not for long")
+
+
 def test_another_installation_is_refused_and_falls_back(rig: Rig, tmp_path: Path) -> None:
     copy = tmp_path / "elsewhere"
     copy.write_bytes(NATIVE.read_bytes())

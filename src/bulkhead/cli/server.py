@@ -42,6 +42,8 @@ from bulkhead.linux import prctl
 IDLE_S = float(os.environ.get("BULKHEAD_COMMAND_SERVER_IDLE_S", "900"))
 WATCH = os.environ.get("BULKHEAD_COMMAND_SERVER_WATCH") != "0"
 PARKED = 2
+QUIET_S = 3.0
+"""Without a command for so long one worker is enough: each has some 3 MB of its own."""
 REFILL_DELAY_MS = 30.0
 """How long a fork for the next command waits while this one uses the processor."""
 MAX_COMMANDS = 256
@@ -263,7 +265,7 @@ class Worker:
 
 
 class Server:
-    """Keeps PARKED workers waiting."""
+    """Keeps PARKED workers waiting, one when it is quiet."""
 
     def __init__(self, run: str) -> None:
         self._run = run
@@ -322,18 +324,31 @@ class Server:
         poll.register(changes, select.POLLIN)
         last, timeout = time.monotonic(), 0.0
         while True:
-            events = poll.poll(timeout)
+            ready = {fd for fd, _ in poll.poll(timeout)}
             self._reap()
-            said = os.read(read, 4095) if any(fd == read for fd, _ in events) else b""
-            if any(fd == changes for fd, _ in events) or not self._note(said):
+            said = os.read(read, 4095) if read in ready else b""
+            if changes in ready or not self._note(said):
                 break
             waiting = self._waiting()
-            if waiting == 0 or (waiting < PARKED and not said):
+            wanted = PARKED if time.monotonic() - last < QUIET_S else 1
+            left_alone = listener.fileno() in ready and not waiting
+            if not self._parked or left_alone or (waiting < wanted and not said):
                 self._fork(worker, read)
+                waiting += 1
                 timeout = 0.0
-            else:
+            elif waiting < wanted:
                 # A worker that was taken is often back soon: not worth a fork before that.
-                timeout = REFILL_DELAY_MS if waiting < PARKED else 5000.0
+                timeout = REFILL_DELAY_MS
+            else:
+                timeout = 1e3 * (QUIET_S if waiting > 1 else 5.0)
+                if waiting > wanted and not said:
+                    self._retire()
+                    timeout = REFILL_DELAY_MS
+            if waiting:
+                with contextlib.suppress(KeyError):
+                    poll.unregister(listener)
+            else:
+                poll.register(listener, select.POLLIN)  # a client that no worker takes
             if said or len(self._parked) > waiting:
                 last = time.monotonic()
             elif time.monotonic() - last > IDLE_S:
@@ -374,6 +389,11 @@ class Server:
                 os._exit(status)
         self._parked[pid] = True
         self._waiting()
+
+    def _retire(self) -> None:
+        """End a worker that waits; one that has just been taken ignores this."""
+        pid = next(pid for pid, waits in reversed(self._parked.items()) if waits)
+        os.kill(pid, _ORPHANED)
 
     def _reap(self) -> None:
         while self._parked:
