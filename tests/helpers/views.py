@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from bulkhead.linux import mounts
-from bulkhead.linux.overlayfs import appends_layers
+from bulkhead.linux import mounts, overlayfs
 
 
 def view(root: str) -> dict[str, dict[str, Any]]:
@@ -52,20 +51,14 @@ def _item(path: str) -> dict[str, Any]:
 @contextmanager
 def overlay(target: str, lowers: Sequence[str], upper: str = "", work: str = "") -> Iterator[str]:
     """An overlay of `lowers`, topmost first, mounted at `target` as our containers have it."""
-    options: list[str | tuple[str, str | int]] = []
-    if appends_layers():
-        options += [("lowerdir+", lower) for lower in lowers]
-    else:
-        options.append(("lowerdir", ":".join(lowers)))
-    options += [("redirect_dir", "nofollow"), ("metacopy", "off"), ("index", "off")]
-    if upper:
-        options += [("upperdir", upper), ("workdir", work)]
-    elif len(lowers) == 1:  # overlayfs wants two
+    options = [("redirect_dir", "nofollow"), ("metacopy", "off"), ("index", "off")]
+    given = list(lowers)
+    if not upper and len(given) == 1:  # overlayfs wants two
         empty = target + ".empty"
         os.makedirs(empty, exist_ok=True)
-        options.insert(1, ("lowerdir+", empty))
+        given.append(empty)
     os.makedirs(target, exist_ok=True)
-    with mounts.new_filesystem("overlay", options) as mounted:
+    with overlayfs.detached(given, options, upper=upper, work=work) as mounted:
         mounts.attach(int(mounted), target)
     try:
         yield target

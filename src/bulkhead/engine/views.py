@@ -28,11 +28,10 @@ def overlay(lowers: Sequence[str], upper: str | None, work: str | None) -> Owned
     """A detached mount of the layers (topmost first), writable with `upper`; closing ends it."""
     if upper is None and len(lowers) == 1:
         return mounts.clone_tree(lowers[0])
-    options: list[str | tuple[str, str | int]] = [("lowerdir+", layer) for layer in lowers]
     if upper is not None and work is not None:
         overlayfs.forget_volatile(work)
-        options += [("upperdir", upper), ("workdir", work)]
-    return mounts.new_filesystem("overlay", [*options, *_OPTIONS])
+        return overlayfs.detached(lowers, _OPTIONS, upper=upper, work=work)
+    return overlayfs.detached(lowers, _OPTIONS)
 
 
 def with_layers(lowers: Sequence[str], action: Callable[[int], _T]) -> _T:

@@ -5,9 +5,11 @@ documentation.
 import contextlib
 import errno
 import os
+import tempfile
+from collections.abc import Sequence
 from functools import cache
 
-from bulkhead.linux import syscall
+from bulkhead.linux import mounts, syscall
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.linux.mounts import FSCONFIG_SET_STRING, FSOPEN_CLOEXEC
 
@@ -22,6 +24,48 @@ def appends_layers() -> bool:
     with OwnedFd(syscall.call("fsopen", b"overlay", FSOPEN_CLOEXEC)) as context:
         # Kernels before 6.5 take any option here and refuse it later.
         return not _takes(context, b"bulkhead-no-such-option") and _takes(context, b"lowerdir+")
+
+
+def detached(
+    lowers: Sequence[str],
+    options: Sequence[tuple[str, str]] = (),
+    *,
+    upper: str = "",
+    work: str = "",
+    attributes: int = 0,
+) -> OwnedFd:
+    """A detached mount of the layers (topmost first), writable with `upper` and `work`.
+
+    Kernels before 6.8 take some 200 layers: E2BIG for more.
+    """
+    above = [("upperdir", upper), ("workdir", work)] if upper else []
+    if appends_layers():
+        pairs = [("source", "overlay"), *(("lowerdir+", lower) for lower in lowers)]
+        return mounts.new_filesystem("overlay", [*pairs, *above, *options], attributes)
+    with contextlib.ExitStack() as undo:
+
+        def short(path: str) -> str:
+            fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            return f"/proc/self/fd/{undo.enter_context(OwnedFd(fd)).fileno()}"
+
+        words = ["lowerdir=" + ":".join(map(short, lowers))]
+        words += [f"{name}={short(path)}" for name, path in above]
+        words += [f"{name}={value}" for name, value in options]
+        text = ",".join(words)
+        if len(text) >= _PAGE:
+            raise OSError(errno.E2BIG, f"{len(lowers)} layers are more than this kernel takes")
+        place = tempfile.mkdtemp(prefix="bulkhead-overlay-")
+        undo.callback(os.rmdir, place)
+        mounts.mount("overlay", place, "overlay", 0, text)
+        undo.callback(mounts.unmount, place, mounts.MNT_DETACH)
+        root = mounts.clone_tree(place)
+        if attributes:
+            mounts.set_attributes(int(root), set_=attributes)
+        return root
+
+
+_PAGE = 4096
+"""What mount(2) takes of options."""
 
 
 def forget_volatile(work: str) -> None:

@@ -15,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Collection, Sequence
 
-from bulkhead.linux import mounts
+from bulkhead.linux import mounts, overlayfs
 from bulkhead.store import diff
 from bulkhead.store.layer_build import LayerBuilder
 from bulkhead.store.limits import Limits
@@ -49,10 +49,7 @@ def merged_image(
 
 
 def _build(image: int, lowers: Sequence[str], limits: Limits, uuid: bytes) -> None:
-    options: list[str | tuple[str, str | int]] = [("source", "overlay")]
-    options += [("lowerdir+", lower) for lower in lowers]
-    options += _OVERLAY
-    with mounts.new_filesystem("overlay", options, mounts.ATTR_RDONLY) as root:
+    with overlayfs.detached(lowers, _OVERLAY, attributes=mounts.ATTR_RDONLY) as root:
         pieces = diff.tar_tree(f"/proc/self/fd/{int(root)}/.")
         LayerBuilder(image, io.BytesIO(), limits).build(pieces, lambda: uuid)
 
