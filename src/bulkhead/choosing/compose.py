@@ -43,7 +43,7 @@ def items(text: str, source: str, environ: Mapping[str, str] | None = None) -> l
         raise Invalid(f"{source}: it has no services: it is no Compose file")
     document = _interpolated(document, environ, source)
     folder = os.path.dirname(os.path.abspath(source))
-    project = str(document.get("name") or _project(folder))
+    project = str(document.get("name") or _project(folder, os.path.basename(source)))
     volumes = document.get("volumes") or {}
     networks = document.get("networks") or {}
     found = []
@@ -53,16 +53,26 @@ def items(text: str, source: str, environ: Mapping[str, str] | None = None) -> l
         reader = _Service(str(name), service, source, folder, project)
         try:
             found.append(reader.item(volumes, networks))
+        except KeyError as error:
+            raise Invalid(f"{source}: services.{name}: {error} is missing") from error
         except (TypeError, ValueError, AttributeError) as error:
             raise Invalid(f"{source}: services.{name}: {error}") from error
+        except Invalid as error:
+            place = "" if error.message.startswith(source) else f"{source}: services.{name}: "
+            raise Invalid(f"{place}{error.message}") from error
     if document.get("include"):
         for one in found:
             one.notes.append("the file includes others, which were not read")
     return found
 
 
-def _project(folder: str) -> str:
-    return re.sub(r"[^a-z0-9_-]", "", os.path.basename(folder).lower()) or "default"
+_USUAL = ("compose.yaml", "compose.yml", "docker-compose.yml", "docker-compose.yaml")
+
+
+def _project(folder: str, file: str) -> str:
+    """Compose's name of it; a file that is not called as usual, among others, gives its own."""
+    word = os.path.basename(folder) if file in _USUAL else file.rpartition(".")[0]
+    return re.sub(r"[^a-z0-9_-]", "", word.lower()) or "default"
 
 
 def _interpolated(value: Any, environ: Mapping[str, str], source: str) -> Any:

@@ -56,7 +56,7 @@ def _domain(root: Element, source: str) -> Item:
     for network in elements(root, "devices/interface"):
         for place in elements(network, "source"):
             item.networks.append(place.get("network") or place.get("bridge") or "")
-    item.networks = [one for one in item.networks if one]
+    item.networks = [one for one in item.networks if one not in ("", "default")]
     _demands(root, item)
     words = _first(root, "description")
     if words:

@@ -69,6 +69,8 @@ class Item:
     source: str
     """The file or host it was found in."""
     image: str = ""
+    called: str = ""
+    """What it is called here, if not as its name and group have it."""
     tenant: str = ""
     """Who it belongs to: a label, a namespace or a project."""
     group: str = ""

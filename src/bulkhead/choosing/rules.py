@@ -86,7 +86,8 @@ def _rule(name: str, row: Mapping[str, object], sources: Mapping[str, str]) -> R
         only, never = row.get("only"), row.get("never", [])
         points: dict[str, int] = dict(row.get("for", {}))  # type: ignore[call-overload]
         excludes = set(never) | (set(BOUNDARIES) - set(only) if only else set())  # type: ignore[call-overload]
-        if (excludes | set(points)) - set(BOUNDARIES):
+        named = excludes | set(points) | set(only or ())  # type: ignore[call-overload]
+        if named - set(BOUNDARIES):
             raise ValueError("a boundary that there is not")
         return Rule(
             name,

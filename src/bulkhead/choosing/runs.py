@@ -16,6 +16,7 @@ def line(words: list[str]) -> str:
 def instances(item: Item) -> list[str]:
     """The names of its copies here."""
     base = f"{item.group}-{item.name}" if item.group and item.kind != "container" else item.name
+    base = item.called or base
     base = "".join(one if one.isalnum() or one in "_.-" else "-" for one in base).strip("-._")
     base = base or "workload"
     if item.replicas <= 1:
@@ -113,6 +114,33 @@ def machine(item: Item) -> list[list[str]]:
     ]
 
 
+def _shell(text: str) -> list[str]:
+    return ["sh", "-ec", text]
+
+
+def _from_docker(item: Item) -> list[list[str]]:
+    """Stop it on its Docker host, and bring its image and its volumes here."""
+    host = ["docker", "-H", item.source]
+    image = shlex.quote(item.image)
+    found = [
+        _shell(f"{line([*host, 'save', item.image])} | bulkhead load"),
+        [*host, "stop", item.name],
+    ]
+    for one in item.mounts:
+        if one.kind == "volume" and one.source:
+            there = line([*host, "run", "--rm", "--user", "0", "--entrypoint", "tar",
+                          "-v", f"{one.source}:/volume:ro"])  # fmt: skip
+            here = line(["bulkhead", "run", "--rm", "-i", "--user", "0", "--entrypoint", "tar",
+                         "-v", f"{one.source}:/volume"])  # fmt: skip
+            found.append(_shell(f"{there} {image} -C /volume -c . | {here} {image} -C /volume -x"))
+    return found
+
+
+def from_docker(item: Item) -> bool:
+    """Whether it runs on a Docker host."""
+    return item.kind == "container" and item.source.startswith(("unix:", "tcp:", "http:", "/"))
+
+
 def commands(item: Item, boundary: str) -> list[list[str]]:
     """Everything that brings it up behind the boundary, in order."""
     if item.kind in ("domain", "disk") or (boundary == "vm" and item.disks):
@@ -121,7 +149,8 @@ def commands(item: Item, boundary: str) -> list[list[str]]:
         return []
     names = instances(item)
     made = [run(item, boundary, name, first=name == names[0]) for name in names]
-    return [*networks(item), *volumes(item), *made]
+    first = _from_docker(item) if from_docker(item) else []
+    return [*networks(item), *volumes(item), *first, *made]
 
 
 def undo(item: Item, boundary: str) -> list[list[str]]:
@@ -129,4 +158,5 @@ def undo(item: Item, boundary: str) -> list[list[str]]:
     names = instances(item)
     if item.kind in ("domain", "disk") or (boundary == "vm" and item.disks):
         return [["bulkhead", "vm", "rm", "-f", names[0]]] if item.disks else []
-    return [["bulkhead", "rm", "-f", *names]] if item.image else []
+    back = [["docker", "-H", item.source, "start", item.name]] if from_docker(item) else []
+    return [["bulkhead", "rm", "-f", *names], *back] if item.image else []
