@@ -19,6 +19,7 @@ from tests.helpers.api_rig import Api, api
 from tests.helpers.databases import IMAGE, databases_archive
 from tests.helpers.images import has_busybox
 from tests.helpers.installation import TIMEOUT_S
+from tests.helpers.registry import PASSWORD, USER, registry
 from tests.helpers.residue import residue
 from tests.helpers.waiting import until
 
@@ -210,6 +211,27 @@ def _clean_up(here: Api, session: str) -> None:
         assert client.api.logs(made) == b"cleaned\n"
         client.api.remove_container(made)
         assert client.containers.list(all=True) == []
+
+
+def test_docker_logs_in_with_tokens(here: Api, tmp_path: Path) -> None:
+    with registry(tmp_path / "registry", auth="token") as running:
+        assert running.tokens is not None
+        running.tokens.gives_identity = True
+        refused = here.cli("login", "-u", USER, "-p", "wrong", running.host)
+        assert refused.code == 1
+        assert "refuses the credentials" in refused.err
+        here.cli("login", "-u", USER, "-p", PASSWORD, running.host).ok()
+        config = here.folder / "client" / "config.json"
+        kept = json.loads(config.read_text())["auths"][running.host]
+        assert kept["identitytoken"] == running.tokens.identity_token
+        name = f"{running.host}/pushed:1"
+        here.cli("tag", "busybox", name).ok()
+        here.cli("push", name).ok()
+        here.cli("rmi", name).ok()
+        here.cli("pull", name).ok()
+        here.cli("rmi", name).ok()
+        here.cli("logout", running.host).ok()
+        assert here.cli("pull", name).code == 1
 
 
 COLLECTION = Path("/usr/lib/python3/dist-packages/ansible_collections/community/docker")

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from bulkhead.api import websocket
-from tests.helpers.api_rig import CLI, NEWEST, Api, api, archive
+from tests.helpers.api_rig import CLI, Api, api, archive, newer
 from tests.helpers.engine_rig import Rig
 from tests.helpers.images import has_busybox
 from tests.helpers.registry import need
@@ -172,9 +172,22 @@ def test_builds(here: Api) -> None:
     assert ask(here, "POST", "/build?version=2")[0] == 501
 
 
-@pytest.mark.skipif(not Path(NEWEST).exists(), reason=f"no second client at {NEWEST}")
+def test_networks_that_cannot_be(here: Api) -> None:
+    for body, said in (
+        ({"IPAM": {"Options": [None]}}, "invalid JSON"),
+        ({"IPAM": {"Config": [7]}}, "invalid JSON"),
+        ({"IPAM": {"Config": [{"Subnet": 3}]}}, "invalid JSON"),
+        ({"IPAM": {"Driver": "other"}}, "IPAM driver other is not supported"),
+        ({"ConfigFrom": {"Network": "other"}}, "ConfigFrom is not supported"),
+        ({"ConfigOnly": True}, "ConfigOnly networks are not supported"),
+        ({"Ingress": True}, "Ingress networks are not supported"),
+    ):
+        status, answer = ask(here, "POST", "/networks/create", {"Name": "never", **body})
+        assert (status, said in answer["message"]) == (400, True), answer
+
+
 def test_another_version_of_the_client(here: Api) -> None:
-    for program in (CLI, NEWEST):
+    for program in (CLI, newer("docker")):
         done = here.cli("run", "--rm", "-i", "busybox", "cat", stdin=b"typed", program=program)
         assert (done.code, done.out) == (0, "typed")
         assert "API version:" in here.cli("version", program=program).ok().out

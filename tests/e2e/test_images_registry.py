@@ -111,6 +111,21 @@ def test_an_identity_token_logs_in(tmp_path: Path) -> None:
         assert images.pull(name, None, auth).id == image.id
 
 
+def test_a_login_may_give_an_identity_token(tmp_path: Path) -> None:
+    with registry(tmp_path / "registry", auth="token") as running:
+        assert running.tokens is not None
+        images = service(tmp_path / "one", registries=running.config())
+        shown = {"username": USER, "password": PASSWORD, "serveraddress": running.host}
+        assert images.login(shown) == ""
+        running.tokens.gives_identity = True
+        token = images.login(shown)
+        assert token == running.tokens.identity_token
+        assert running.tokens.requests[-1]["offline_token"] == ["true"]
+        assert images.login({"identitytoken": token, "serveraddress": running.host}) == token
+        with pytest.raises(Denied):
+            images.login({**shown, "password": "wrong"})
+
+
 def test_a_blob_is_mounted_from_another_repository(tmp_path: Path, open_registry: Registry) -> None:
     images = service(tmp_path / "one", registries=open_registry.config())
     load(images, tmp_path, f"{open_registry.host}/a:1", [tar_of({"a": b"1" * 5000})])

@@ -20,7 +20,6 @@ from tests.helpers.installation import TIMEOUT_S, Done
 from tests.helpers.parity import plain_environment
 
 CLI = "/usr/bin/docker"
-NEWEST = "/usr/local/bin/docker"
 
 _NEWER = {
     "compose": ("docker-compose", "trixie", "usr/libexec/docker/cli-plugins/docker-compose"),

@@ -77,6 +77,7 @@ class TokenServer:
         self.requests: list[dict[str, list[str]]] = []
         self.identity_token = secrets.token_hex(8)
         self.anonymous_pull = False
+        self.gives_identity = False
         owner = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -87,7 +88,8 @@ class TokenServer:
                 query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
                 given = self.headers.get("Authorization", "")
                 wanted = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-                self.answer(query, given == wanted, refused=bool(given) and given != wanted)
+                known = given == wanted
+                self.answer(query, known, refused=bool(given) and not known)
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"])).decode()
@@ -100,7 +102,10 @@ class TokenServer:
                 if refused:
                     self.send_error(401)
                     return
-                body = json.dumps({"token": owner.token(query, known=known), "expires_in": 300})
+                said = {"token": owner.token(query, known=known), "expires_in": 300}
+                if known and owner.gives_identity and query.get("offline_token") == ["true"]:
+                    said["refresh_token"] = owner.identity_token
+                body = json.dumps(said)
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()

@@ -8,7 +8,7 @@ from bulkhead.api.answers import NO_CONTENT, OK, Reply
 from bulkhead.api.exchange import Exchange
 from bulkhead.api.routes import ROUTES
 from bulkhead.engine.body import EndpointSettings, Part
-from bulkhead.engine.rpc_network import Create
+from bulkhead.engine.rpc_network import ConfigReference, Create, Ipam
 from bulkhead.errors import Invalid
 
 
@@ -36,8 +36,8 @@ class CreateBody(msgspec.Struct):
     Attachable: bool = False
     Ingress: bool = False
     ConfigOnly: bool = False
-    ConfigFrom: dict[str, Any] | None = None
-    IPAM: dict[str, Any] | None = None
+    ConfigFrom: ConfigReference | None = None
+    IPAM: Ipam | None = None
     EnableIPv4: bool | None = None
     EnableIPv6: bool | None = None
     Options: dict[str, str] | None = None
@@ -60,9 +60,6 @@ async def create(x: Exchange) -> Reply:
         raise Invalid("network name cannot be blank")
     known = {name: getattr(wanted, name) for name in Create.__struct_fields__}
     known["Driver"] = known["Driver"] or "bridge"
-    config_from = known["ConfigFrom"]
-    if not config_from or not config_from.get("Network"):
-        known["ConfigFrom"] = None
     return Reply(201, await x.call("network.create", known))
 
 

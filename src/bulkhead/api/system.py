@@ -89,8 +89,8 @@ async def auth(x: Exchange) -> dict[str, Any]:
         for name in ("username", "password", "serveraddress", "identitytoken", "registrytoken")
         if isinstance(wanted.get(name), str) and wanted[name]
     }
-    await x.call("image.login", {"auth": known})
-    return {"Status": "Login Succeeded", "IdentityToken": ""}
+    found: dict[str, Any] = await x.call("image.login", {"auth": known})
+    return found
 
 
 @ROUTES.add("GET", "/distribution/{name*}/json")

@@ -4,6 +4,7 @@ from typing import Any
 
 import msgspec
 
+from bulkhead.api.absent import NO_MANAGER
 from bulkhead.api.answers import NO_CONTENT, Failed, Reply
 from bulkhead.api.exchange import Exchange
 from bulkhead.api.routes import ROUTES
@@ -32,7 +33,7 @@ async def create(x: Exchange) -> Reply:
     """A new one, or the one that is called so."""
     wanted = await x.json(CreateBody)
     if wanted.ClusterVolumeSpec:
-        raise Failed(503, _NO_SWARM)
+        raise Failed(503, NO_MANAGER)
     params = {
         "Name": wanted.Name, "Driver": wanted.Driver or "local", "DriverOpts": wanted.DriverOpts,
         "Labels": wanted.Labels,
@@ -76,7 +77,4 @@ async def remove(x: Exchange) -> Reply:
     return NO_CONTENT
 
 
-_NO_SWARM = (
-    'This node is not a swarm manager. Use "docker swarm init" or "docker swarm join" to '
-    "connect this node to swarm and try again."
-)
+_NO_SWARM = "volume update only valid for cluster volumes, but swarm is unavailable"

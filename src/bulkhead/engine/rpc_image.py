@@ -264,5 +264,5 @@ async def bootstrap(engine: Engine, params: Bootstrap, call: Call) -> dict[str, 
 @METHODS.method("image.login", Login)
 async def login(engine: Engine, params: Login, call: Call) -> dict[str, Any]:
     """Ask a registry whether it accepts these credentials."""
-    await engine.blocking(lambda: engine.images.login(params.auth))
-    return {"Status": "Login Succeeded"}
+    token = await engine.blocking(lambda: engine.images.login(params.auth))
+    return {"Status": "Login Succeeded", "IdentityToken": token}

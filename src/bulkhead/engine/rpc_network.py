@@ -4,16 +4,42 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from bulkhead.engine import body, filters, guests, launching
+import msgspec
+
+from bulkhead.engine import body, filters, guest_networks, guests, launching
 from bulkhead.engine.calls import Call, Params, Table
 from bulkhead.engine.core import Engine
 from bulkhead.engine.records import Workload
-from bulkhead.errors import Conflict, Denied, Invalid, NotFound
+from bulkhead.errors import Conflict, Denied, Invalid, NotFound, Unsupported
 from bulkhead.network.model import EndpointRequest
 
 METHODS = Table()
 _LIST = frozenset({"dangling", "driver", "id", "label", "name", "scope", "type"})
 _PRUNE = frozenset({"label", "label!", "until"})
+
+
+class IpamConfig(Params, frozen=True, omit_defaults=True):
+    """A subnet."""
+
+    Subnet: str = ""
+    IPRange: str = ""
+    Gateway: str = ""
+    AuxiliaryAddresses: dict[str, str] | None = None
+    AuxAddress: dict[str, str] | None = None
+
+
+class Ipam(Params, frozen=True, omit_defaults=True):
+    """Where a network's addresses come from."""
+
+    Driver: str = ""
+    Config: list[IpamConfig] | None = None
+    Options: dict[str, str] | None = None
+
+
+class ConfigReference(Params, frozen=True):
+    """The network whose configuration is taken."""
+
+    Network: str = ""
 
 
 class Create(Params, frozen=True):
@@ -26,8 +52,8 @@ class Create(Params, frozen=True):
     Attachable: bool = False
     Ingress: bool = False
     ConfigOnly: bool = False
-    ConfigFrom: dict[str, Any] | None = None
-    IPAM: dict[str, Any] | None = None
+    ConfigFrom: ConfigReference | None = None
+    IPAM: Ipam | None = None
     EnableIPv4: bool | None = None
     EnableIPv6: bool | None = None
     Options: dict[str, str] | None = None
@@ -68,10 +94,13 @@ class Disconnect(Params, frozen=True):
 @METHODS.method("network.create", Create)
 async def create(engine: Engine, params: Create, call: Call) -> dict[str, Any]:
     """Docker's NetworkCreate."""
+    if params.ConfigFrom is not None and params.ConfigFrom.Network:
+        raise Unsupported(f"network {params.Name}: ConfigFrom is not supported")
     wanted = {
-        name: value
+        name: msgspec.to_builtins(value)
         for name in Create.__struct_fields__
-        if (value := getattr(params, name)) is not None and name not in {"CheckDuplicate"}
+        if (value := getattr(params, name)) is not None
+        and name not in {"CheckDuplicate", "ConfigFrom"}
     }
     identity = engine.networks.create(wanted)
     engine.events.emit("network", "create", identity, {"name": params.Name, "type": "bridge"})
@@ -135,9 +164,13 @@ async def connect(engine: Engine, params: Connect, call: Call) -> dict[str, Any]
     settings = params.endpoint or body.EndpointSettings()
     async with workload.lock:
         if workload.running:
-            guests.check_unplugged(workload)
             with _following_files(engine, workload):
-                engine.networks.connect(record.id, found["Name"], _request(settings))
+                if guests.is_guest(record):
+                    request = _request(settings)
+                    await guest_networks.connect(engine, workload, found["Name"], request)
+                else:
+                    engine.networks.connect(record.id, found["Name"], _request(settings))
+            await guest_networks.follow(engine, workload)
             await engine.processes.sync_helpers()
             engine.tend_networks()
         record.networks[found["Name"]] = settings
@@ -186,9 +219,12 @@ async def disconnect(engine: Engine, params: Disconnect, call: Call) -> dict[str
         raise NotFound(f"container {record.id} is not connected to network {found['Name']}")
     async with workload.lock:
         if workload.running:
-            guests.check_unplugged(workload)
             with _following_files(engine, workload):
-                engine.networks.disconnect(record.id, found["Name"])
+                if guests.is_guest(record):
+                    await guest_networks.disconnect(engine, workload, found["Name"])
+                else:
+                    engine.networks.disconnect(record.id, found["Name"])
+            await guest_networks.follow(engine, workload)
             await engine.processes.sync_helpers()
             engine.tend_networks()
         del record.networks[key]

@@ -30,8 +30,13 @@ _MARGIN_S = 10.0
 class Authenticator:
     """Remembers what one registry asked for and the tokens it gave. Safe for threads."""
 
-    def __init__(self, transport: "Transport", credentials: Credentials | None) -> None:
+    def __init__(
+        self, transport: "Transport", credentials: Credentials | None, *, offline: bool = False
+    ) -> None:
         self._transport = transport
+        self._offline = offline
+        self.identity_token = ""
+        """With `offline`: what the token service gave to be shown instead of the password."""
         self._credentials = credentials or ANONYMOUS
         self._lock = threading.Lock()
         self._basic = False
@@ -93,6 +98,9 @@ class Authenticator:
         token = answer.get("token") or answer.get("access_token")
         if not isinstance(token, str) or not token or not _is_visible(token):
             raise Denied(f"{what}: the token service {realm[:200]} gave no usable token")
+        lasting = answer.get("refresh_token")
+        if self._offline and isinstance(lasting, str) and _is_visible(lasting):
+            self.identity_token = lasting
         life = answer.get("expires_in")
         life_s = float(life) if isinstance(life, int | float) else _SHORTEST_LIFE_S
         until = self._transport.clock.monotonic() + max(life_s, _SHORTEST_LIFE_S) - _MARGIN_S
@@ -131,6 +139,8 @@ class Authenticator:
         if credentials.password:
             query.append(("account", credentials.username))
             headers["Authorization"] = self._basic_header()
+            if self._offline:
+                query += [("offline_token", "true"), ("client_id", "bulkhead")]
         separator = "&" if urllib.parse.urlsplit(realm).query else "?"
         url = realm + separator + urllib.parse.urlencode(query)
         return self._send("GET", url, headers, None, what)

@@ -306,14 +306,18 @@ def login(
     *,
     config: configuration.Registries | None = None,
     clock: Clock | None = None,
-) -> None:
-    """Show `credentials` to the registry `domain`; Denied if it does not take them."""
+) -> str:
+    """Show `credentials` to the registry `domain`; Denied if it does not take them.
+
+    Returns the identity token to be kept instead of the password, if its token service gives one.
+    """
     config = configuration.load() if config is None else config
-    transport = Transport(configuration.endpoint(domain, config), credentials, clock=clock)
+    endpoint = configuration.endpoint(domain, config)
+    transport = Transport(endpoint, credentials, clock=clock, offline=True)
     try:
         call = Call("GET", "/v2/", "", f"login to {domain}", accept=frozenset({200}))
         with transport.send(call):
-            return
+            return transport.identity_token or credentials.identity_token
     except NotFound as error:
         raise Invalid(f"{domain} is no OCI registry: /v2/ is not there") from error
     finally:

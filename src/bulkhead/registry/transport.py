@@ -69,16 +69,23 @@ class Transport:
         cancel: Cancel | None = None,
         clock: Clock | None = None,
         limits: Limits | None = None,
+        offline: bool = False,
     ) -> None:
+        """`offline`: ask for a token that outlasts this, `identity_token`."""
         self.endpoint = endpoint
         self.cancel = cancel or Cancel()
         self.clock: Clock = clock or RealClock()
         self.limits = limits or Limits()
         self._pools: dict[str, urllib3.PoolManager] = {}
         self._tls: ssl.SSLContext | None = None
-        self._auth = Authenticator(self, credentials)
+        self._auth = Authenticator(self, credentials, offline=offline)
         self._base: str | None = None
         self._setup = threading.RLock()  # pools and the base URL are made once
+
+    @property
+    def identity_token(self) -> str:
+        """What the token service gave to be shown instead of the password, "" if nothing."""
+        return self._auth.identity_token
 
     def close(self) -> None:
         """Close idle connections."""

@@ -47,15 +47,20 @@ def login(context: Context, parsed: Parsed) -> None:
         context.err("WARNING! Using --password via the CLI is insecure. Use --password-stdin.")
     user, password = _ask(parsed)
     auth = {"username": user, "password": password, "serveraddress": key}
-    context.call("image.login", {"auth": auth})
+    found = context.call("image.login", {"auth": auth})
+    token = found.get("IdentityToken", "") if isinstance(found, dict) else ""
     config = credentials.load(context)
     helper = credentials.helper_for(config, key)
     if helper:
         record = {"ServerURL": key, "Username": user, "Secret": password}
+        if token:
+            record |= {"Username": "<token>", "Secret": token}
         credentials.ask_helper(helper, "store", json.dumps(record))
     else:
-        coded = base64.b64encode(f"{user}:{password}".encode()).decode()
-        config.setdefault("auths", {})[key] = {"auth": coded}
+        # As docker files it: with a token the password is not kept.
+        coded = base64.b64encode(f"{user}:{'' if token else password}".encode()).decode()
+        kept = {"auth": coded} | ({"identitytoken": token} if token else {})
+        config.setdefault("auths", {})[key] = kept
         path = credentials.store(context, config)
         context.err(f"WARNING! Your credentials are stored unencrypted in '{path}'.")
     context.out("Login Succeeded")
