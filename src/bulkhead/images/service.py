@@ -245,8 +245,11 @@ class ImageService:
 
         return remote.search(term, limit, wanted, from_auth(auth), self._registries)
 
-    def login(self, auth: Mapping[str, Any]) -> None:
-        """Show `auth` to its "serveraddress" (none: Docker Hub); Denied if it is refused."""
+    def login(self, auth: Mapping[str, Any]) -> str:
+        """Show `auth` to its "serveraddress" (none: Docker Hub); Denied if it is refused.
+
+        Returns the identity token to be kept instead of the password, "" if there is none.
+        """
         from bulkhead.registry.client import login
         from bulkhead.registry.credentials import from_auth
 
@@ -257,7 +260,7 @@ class ImageService:
             domain = DEFAULT_DOMAIN
         credentials = from_auth(auth)
         assert credentials is not None
-        login(domain, credentials, config=self._registries, clock=self._clock)
+        return login(domain, credentials, config=self._registries, clock=self._clock)
 
     # --- archives
 
