@@ -12,8 +12,14 @@ from collections.abc import Callable, Sequence
 from signal import SIGKILL
 from typing import Any, TypeVar
 
-from bulkhead.boundaries import container_copyup, container_held, container_idmap
+from bulkhead.boundaries import (
+    container_copyup,
+    container_extras,
+    container_held,
+    container_idmap,
+)
 from bulkhead.boundaries.container_exec import exec_template
+from bulkhead.boundaries.container_extras import NONE, Extras
 from bulkhead.boundaries.container_plan import Ground, plan_launch
 from bulkhead.boundaries.container_process import candidates
 from bulkhead.boundaries.container_stock import Reserved, Stock
@@ -148,8 +154,7 @@ class ContainerBoundary:
         directories: tuple[bool, ...],
         views: tuple[str, ...] = (),
         prepared: frozenset[str] = frozenset(),
-        kept: int = 0,
-        gates: frozenset[str] = frozenset(),
+        bundle: Bundle | None = None,
     ) -> Ground:
         """What of this host a program depends on."""
         hierarchy = cgroups.detect()
@@ -161,8 +166,7 @@ class ContainerBoundary:
             oom_score_adj=self.inherited_oom_score(),
             directories=directories,
             prepared=prepared,
-            kept=kept,
-            gates=gates,
+            **({} if bundle is None else container_extras.ground(bundle)),
         )
 
 
@@ -232,6 +236,7 @@ class Container:
         with contextlib.ExitStack() as undo:
             prepared = container_copyup.prepare(self.bundle, undo)
             prepared |= await self._prepare_mapped(undo)
+            prepared |= await container_idmap.prepare(self.boundary.launcher, self.bundle, undo)
             root = prepared.pop("root", None)
             if "userns" not in prepared:
                 root = self._ready_root()
@@ -310,18 +315,16 @@ class Container:
             directories=kinds,
             views=tuple(sorted(views)),
             prepared=frozenset(prepared),
-            kept=len(bundle.fds),
-            gates=frozenset(bundle.gates),
+            bundle=bundle,
         )
         template = boundary.templates.launch(spec, bundle.rootfs, ground, terminal=stdio.terminal)
         data = template.fill(spec, bundle.rootfs, views, stdio)
         given: dict[str, int] = {f"join{i}": int(fd) for i, fd in enumerate(joins)}
         given |= self._streams(stdio)
         given |= {key: int(fd) for key, fd in prepared.items()}
-        given |= {f"kept{i}": fd for i, fd in enumerate(bundle.fds)}
-        given |= bundle.gates
+        given |= container_extras.given(bundle.fds, bundle.listener) | dict(bundle.gates)
         for kind, path in namespaces.paths(spec.linux).items():
-            given[f"ns-{kind}"] = _open_namespace(kind, path, undo)
+            given[f"ns-{kind}"] = container_extras.open_namespace(kind, path, undo)
         cgroup_fd = self._clone_fd(undo)
         return LaunchRequest(
             id=bundle.id,
@@ -440,12 +443,10 @@ class Container:
         self.group.delete(timeout_s)
 
     async def exec(
-        self, identity: str, process: Process, stdio: Stdio, fds: Sequence[int] = ()
-    ) -> Launched:
-        """Run `process` in every namespace and the control group of the container.
-
-        It has `fds` as 10, 11 and so on.
-        """
+        self, identity: str, process: Process, stdio: Stdio, fds: Sequence[int] = (),
+        extras: Extras = NONE,
+    ) -> Launched:  # fmt: skip
+        """Run `process` in every namespace and the group of the container, with `fds` as 10, …"""
         validate_process(process)
         if not self._running():
             raise Conflict(f"container {self.bundle.id} is not running")
@@ -467,11 +468,13 @@ class Container:
                 filter_=self.boundary.templates.filter(spec),
                 oom_score_adj=self.boundary.inherited_oom_score(),
                 kept=len(fds),
+                keep_numbers=extras.keep_numbers,
+                listener=extras.listener[0] >= 0,
             )
             given: dict[str, int] = {f"join{i}": int(fd) for i, fd in enumerate(joins)}
             given |= self._streams(stdio)
             given["target"] = int(target)
-            given |= {f"kept{i}": fd for i, fd in enumerate(fds)}
+            given |= container_extras.given(fds, extras.listener)
             values: dict[str, Any] = {
                 "candidates": candidates(process),
                 "argv": process.args,
@@ -541,7 +544,9 @@ def _mount_overlay(rootfs: Rootfs) -> OwnedFd:
 def _mapped_root(bundle: Bundle, userns: OwnedFd) -> OwnedFd:
     linux = bundle.spec.linux
     if bundle.rootfs.directory is not None and not bundle.rootfs.mapped:
-        return kernel_mounts.clone_tree(bundle.rootfs.directory, recursive=True)
+        root = kernel_mounts.clone_tree(bundle.rootfs.directory, recursive=True)
+        container_idmap.detach_from_peers(root)
+        return root
     owner = idmap.to_host(linux.uid_mappings, 0), idmap.to_host(linux.gid_mappings, 0)
     if owner[0] is None or owner[1] is None:
         raise Invalid("linux.uidMappings, gidMappings: id 0 must be mapped")
@@ -589,12 +594,3 @@ def _clone_source(mount: Mount, options: mounts.Options, userns: OwnedFd) -> Own
 def _step_failed(step: str, error: OSError) -> LaunchFailed:
     errno = error.errno or 0
     return LaunchFailed(f"{step}: {os.strerror(errno)}", step=step, errno=errno)
-
-
-def _open_namespace(kind: str, path: str, undo: contextlib.ExitStack) -> int:
-    try:
-        fd = kernel_namespaces.open_namespace(path)
-    except OSError as error:
-        raise Unsupported(f"{kind} namespace {path}: {error.strerror}") from None
-    undo.callback(fd.close)
-    return int(fd)

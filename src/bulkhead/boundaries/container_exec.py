@@ -34,6 +34,8 @@ def exec_template(
     filter_: Filter | None,
     oom_score_adj: int,
     kept: int = 0,
+    keep_numbers: bool = False,
+    listener: bool = False,
     group: str = "",
     available: frozenset[str] | None = None,
 ) -> Template:
@@ -73,11 +75,20 @@ def exec_template(
         size = common.window(program, 0, 0)
         slave = tty.plan_use(program, master, uid=process.user.uid, size=size)
     credentials.plan_session(program)
+    if spec.linux.memory_policy is not None:
+        credentials.plan_memory_policy(program, spec.linux.memory_policy)
     if slave is not None:
         tty.plan_control(program, slave)
     common.plan_directory(Tree(program, root), process.cwd, create=False)
     common.plan_label(program, proc, process)
-    keep = [fds.fd(f"kept{number}") for number in range(kept)]
-    common.plan_identity(program, process, filter_, available=available, keep=keep)
+    common.plan_identity(
+        program,
+        process,
+        filter_,
+        available=available,
+        keep=[fds.fd(f"kept{number}") for number in range(kept)],
+        keep_numbers=keep_numbers,
+        listener=common.plan_listener(program, fds) if listener else None,
+    )
     common.plan_exec(program, process, common.candidates(process))
     return Template(program.compile(), tuple(fds.keys), 0)

@@ -12,9 +12,9 @@ import struct
 import threading
 from collections.abc import Callable
 
-from bulkhead.boundary.seam import Launcher, LaunchRequest, Rootfs
-from bulkhead.errors import LaunchFailed
-from bulkhead.isolation import idmap
+from bulkhead.boundary.seam import Bundle, Launcher, LaunchRequest, Rootfs
+from bulkhead.errors import Invalid, LaunchFailed
+from bulkhead.isolation import idmap, mounts
 from bulkhead.isolation import rootfs as root_plan
 from bulkhead.linux import mounts as kernel
 from bulkhead.linux import namespaces, prctl, syscall
@@ -76,6 +76,42 @@ async def make_user_namespace(
         return OwnedFd(fds[0])
 
 
+async def prepare(
+    launcher: Launcher, bundle: Bundle, undo: contextlib.ExitStack
+) -> dict[str, OwnedFd]:
+    """Binds with id maps of their own, by the names that a plan has for them, closed by `undo`.
+
+    The maps are from the ids of the files to the host's ids (config.md, "mounts"). LaunchFailed for
+    a file system that cannot be mapped.
+    """
+    made: dict[str, OwnedFd] = {}
+    for position, mount in enumerate(bundle.spec.mounts):
+        if not mount.uid_mappings:
+            continue
+        if not mounts.is_bind(mount):
+            raise Invalid(f"mount {mount.destination}: only binds can have id maps of their own")
+        options = mounts.parse(mount.options)
+        maps = mount.uid_mappings, mount.gid_mappings
+        with await make_user_namespace(launcher, f"{bundle.id}/mount{position}", *maps) as userns:
+            recursive = options.idmap == "ridmap"
+            try:
+                clone = kernel.clone_tree(mount.source, recursive=options.recursive_bind)
+                undo.callback(clone.close)
+                kernel.set_attributes(
+                    int(clone), set_=kernel.ATTR_IDMAP, userns_fd=int(userns), recursive=recursive
+                )
+            except OSError as error:
+                step = f"map the ids of {mount.source}"
+                number = error.errno or 0
+                text = f"{step}: {os.strerror(number)}"
+                raise LaunchFailed(text, step=step, errno=number) from error
+        if not options.propagation:
+            private = kernel.MS_PRIVATE
+            kernel.set_attributes(int(clone), propagation=private, recursive=True)
+        made[f"mount{position}"] = clone
+    return made
+
+
 def mapped_tree(path: str, userns: OwnedFd, *, recursive: bool = False) -> OwnedFd:
     """A detached bind mount of `path` whose owners are seen through the namespace's maps."""
     with contextlib.ExitStack() as undo:
@@ -87,6 +123,11 @@ def mapped_tree(path: str, userns: OwnedFd, *, recursive: bool = False) -> Owned
         return clone
 
 
+def detach_from_peers(root: OwnedFd) -> None:
+    """A clone of a shared mount is shared, and pivot_root(2) refuses such a root."""
+    kernel.set_attributes(int(root), propagation=kernel.MS_PRIVATE, recursive=True)
+
+
 def mapped_root(rootfs: Rootfs, userns: OwnedFd, owner: tuple[int, int]) -> OwnedFd:
     """The root file system, detached, every layer and the upper directory id-mapped.
 
@@ -94,7 +135,9 @@ def mapped_root(rootfs: Rootfs, userns: OwnedFd, owner: tuple[int, int]) -> Owne
     OSError as from mount(2).
     """
     if rootfs.directory is not None:
-        return mapped_tree(rootfs.directory, userns)
+        root = mapped_tree(rootfs.directory, userns)
+        detach_from_peers(root)
+        return root
     with contextlib.ExitStack() as undo:
         layers = [undo.enter_context(mapped_tree(path, userns)) for path in rootfs.lowers]
         options: list[str | tuple[str, str | int]] = [("source", "overlay")]

@@ -57,6 +57,11 @@ class Ground:
     """Capabilities the launcher can give; None: ask the kernel about this process."""
     kept: int = 0
     """Descriptors the process is to have besides its standard streams."""
+    keep_numbers: bool = False
+    listener: bool = False
+    keyring: bool = True
+    pivot: bool = True
+    """See seam.Bundle."""
     group: str = ""
     """The directory of a control group (v2) to join by its path: in a guest."""
     gates: frozenset[str] = frozenset()
@@ -124,7 +129,7 @@ class _Planner:
         self.fds = FdTable()
         self.made = _Made()
         self.userns = self.linux.namespace("user") is not None
-        _refuse(spec, hooks="hooks" in ground.gates)
+        _refuse(spec, hooks="hooks" in ground.gates, listener=ground.listener)
 
     def plan(self) -> Template:
         program = self.program
@@ -154,13 +159,16 @@ class _Planner:
         self._names()
         self._gate("hooks")
         self._pivot(tree)
-        credentials.plan_session(program)
+        credentials.plan_session(program, keyring=self.ground.keyring)
         if slave_end is not None:
             tty.plan_control(program, slave_end)
         if self.linux.personality is not None:
             credentials.plan_personality(program, self.linux.personality)
+        if self.linux.memory_policy is not None:
+            credentials.plan_memory_policy(program, self.linux.memory_policy)
         common.plan_directory(tree, self.process.cwd, create=True)
         common.plan_label(program, proc, self.process)
+        listener = common.plan_listener(program, self.fds) if self.ground.listener else None
         self._gate("start")
         common.plan_identity(
             program,
@@ -168,6 +176,8 @@ class _Planner:
             self.filter,
             available=self.ground.available,
             keep=[self.fds.fd(f"kept{number}") for number in range(self.ground.kept)],
+            keep_numbers=self.ground.keep_numbers,
+            listener=listener,
         )
         common.plan_exec(program, self.process, common.candidates(self.process))
         compiled = program.compile()
@@ -381,6 +391,7 @@ class _Planner:
             tree.root,
             readonly=root is not None and root.readonly,
             propagation=propagation,
+            pivot=self.ground.pivot,
         )
 
 
@@ -398,16 +409,18 @@ def _clean(mount: Mount) -> Mount:
     )
 
 
-def _refuse(spec: Spec, *, hooks: bool) -> None:
+def _refuse(spec: Spec, *, hooks: bool, listener: bool) -> None:
     """What this boundary does not do is refused, never left out."""
     linux = spec.linux
     for name, present in (
         ("hooks", spec.hooks is not None and not hooks),
         ("linux.netDevices", bool(linux.net_devices)),
         ("linux.intelRdt", linux.intel_rdt is not None),
-        ("linux.memoryPolicy", linux.memory_policy is not None),
         ("linux.mountLabel", bool(linux.mount_label)),
-        ("linux.seccomp.listenerPath", bool(linux.seccomp and linux.seccomp.listener_path)),
+        (
+            "linux.seccomp.listenerPath",
+            bool(linux.seccomp and linux.seccomp.listener_path) and not listener,
+        ),
     ):
         if present:
             raise Unsupported(f"config.json: {name} is not supported by the container boundary")

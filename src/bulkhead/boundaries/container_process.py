@@ -3,15 +3,19 @@ streams or terminal, working directory, ids, capabilities, filter, program.
 """
 
 import errno
+import fcntl
 import os
+import socket
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bulkhead.isolation import capabilities, credentials, lsm, tty
 from bulkhead.linux import capabilities as kernel_capabilities
+from bulkhead.linux import seccomp
 from bulkhead.linux.mounts import AT_FDCWD, PROC_MAGIC
 from bulkhead.linux.openat2 import HOW_SIZE
-from bulkhead.linux.program import Argument, Blob, Fd, Program, Slot
+from bulkhead.linux.program import KEPT_FIRST, Argument, Blob, Fd, Patched, Program, Slot
 from bulkhead.linux.terminals import window_size
 from bulkhead.linux.tree import OPEN_DIRECTORY, Tree
 from bulkhead.oci.runtime import Process
@@ -25,6 +29,21 @@ class Filter:
 
     program: bytes
     flags: int
+
+
+LISTENER = "listener"
+"""The name by which a child reports that it waits for the state that goes with its listener."""
+LISTENER_STATE_MAX = 60 << 10
+"""Bytes of that state: what a pipe takes at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Who is told of system calls (SCMP_ACT_NOTIFY): a connected socket, and what to tell it."""
+
+    socket: Argument
+    state: Blob
+    length: Slot
 
 
 class FdTable:
@@ -95,6 +114,14 @@ def plan_streams(program: Program, fds: FdTable) -> None:
     tty.plan_streams(program, (fds.fd("stdin"), fds.fd("stdout"), fds.fd("stderr")))
 
 
+def plan_listener(program: Program, fds: FdTable) -> Listener:
+    """Take the state from the pipe "listener-state", which is written once the child says so."""
+    pipe, state = fds.fd("listener-state"), Blob(bytes(LISTENER_STATE_MAX))
+    program.send_fd("report before the listener", LISTENER, pipe)
+    length = program.call("read the state", "read", pipe, state, LISTENER_STATE_MAX)
+    return Listener(fds.fd("listener"), state, length)
+
+
 def plan_directory(tree: Tree, cwd: str, *, create: bool) -> None:
     """Enter the working directory, made if it is missing (`create`), never through a magic link."""
     program = tree.program
@@ -120,8 +147,13 @@ def plan_identity(
     can_setgroups: bool = True,
     available: frozenset[str] | None = None,
     keep: Sequence[Argument] = (),
+    keep_numbers: bool = False,
+    listener: Listener | None = None,
 ) -> None:
-    """Limits, capabilities, ids, no_new_privs and filter, in the order that works."""
+    """Limits, capabilities, ids, no_new_privs and filter, in the order that works.
+
+    `keep` are 10, 11, … afterwards, or 3, 4, … with `keep_numbers`.
+    """
     if process.scheduler is not None:
         credentials.plan_scheduler(program, process.scheduler)
     if process.io_priority is not None:
@@ -141,9 +173,9 @@ def plan_identity(
         names = [_capability(number) for number in planned.drop]
         credentials.plan_bounding(program, planned.drop, names)
     credentials.plan_ids(program, process.user, can_setgroups=can_setgroups)
-    program.close("close all other descriptors", keep)
+    _plan_close(program, keep, numbers=keep_numbers, listener=listener)
     if filter_ is not None and not process.no_new_privileges:
-        credentials.plan_seccomp(program, filter_.program, filter_.flags)
+        _plan_filter(program, filter_, listener)
     if planned is not None:
         credentials.plan_capabilities(
             program,
@@ -155,7 +187,45 @@ def plan_identity(
     if process.no_new_privileges:
         credentials.plan_no_new_privs(program)
         if filter_ is not None:
-            credentials.plan_seccomp(program, filter_.program, filter_.flags)
+            _plan_filter(program, filter_, listener)
+
+
+def _plan_close(
+    program: Program, keep: Sequence[Argument], *, numbers: bool, listener: Listener | None
+) -> None:
+    step = "close all other descriptors"
+    program.close(step, [listener.socket, *keep] if listener is not None else keep)
+    first = KEPT_FIRST
+    if listener is not None:
+        program.call(
+            "keep the listener's socket to itself", "fcntl", first, fcntl.F_SETFD, fcntl.FD_CLOEXEC
+        )
+        first += 1
+    if numbers and keep:
+        last = first + len(keep)
+        for position in range(len(keep)):
+            program.call("pass descriptors on", "dup3", first + position, 3 + position, 0)
+        program.call(step, "close_range", max(first, 3 + len(keep)), last - 1, 0)
+
+
+def _plan_filter(program: Program, filter_: Filter, listener: Listener | None) -> None:
+    if listener is None:
+        credentials.plan_seccomp(program, filter_.program, filter_.flags)
+        return
+    flags = filter_.flags | seccomp.FLAGS["SECCOMP_FILTER_FLAG_NEW_LISTENER"]
+    notify = credentials.plan_seccomp(program, filter_.program, flags)
+    # unix(7), cmsg(3): the descriptor of the notifications, with the state of the container.
+    step = "hand over the listener of system calls"
+    control = Blob(struct.pack("=QiiiI", 20, socket.SOL_SOCKET, socket.SCM_RIGHTS, 0, 0))
+    program.store(step, control, 16, 4, notify)
+    vector = Blob(bytes(16))
+    program.store(step, vector, 0, 8, listener.state)
+    program.store(step, vector, 8, 8, listener.length)
+    header = Patched(
+        struct.pack("=QQQQQQQ", 0, 0, 0, 1, 0, len(control.data), 0),
+        ((16, 8, vector), (32, 8, control)),
+    )
+    program.call(step, "sendmsg", KEPT_FIRST, header, 0)
 
 
 def _capability(number: int) -> str:

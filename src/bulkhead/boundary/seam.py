@@ -140,6 +140,9 @@ class Bundle:
     """Descriptors lent until `start` returns; the process has them as 10, 11 and so on."""
     keep_numbers: bool = False
     """`fds` are 3, 4 and so on instead."""
+    listener: tuple[int, int] = (-1, -1)
+    """Who is told of system calls: a connected socket, a pipe with the state that goes along;
+    see container_process.Listener."""
     keyring: bool = True
     """Whether the process gets a session keyring of its own."""
     pivot: bool = True

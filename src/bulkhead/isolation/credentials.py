@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from bulkhead.errors import Invalid, Unsupported
 from bulkhead.linux import prctl
 from bulkhead.linux.program import Blob, Patched, Program, Slot
-from bulkhead.oci.runtime import IOPriority, Personality, Rlimit, Scheduler, User
+from bulkhead.oci.runtime import IOPriority, MemoryPolicy, Personality, Rlimit, Scheduler, User
 
 KEYCTL_JOIN_SESSION_KEYRING = 1
 SECCOMP_SET_MODE_FILTER = 1
@@ -61,14 +61,30 @@ _SCHEDULER_FLAGS = {
     "SCHED_FLAG_UTIL_CLAMP_MIN": 0x20,
     "SCHED_FLAG_UTIL_CLAMP_MAX": 0x40,
 }
+_MEMORY_MODES = {
+    "MPOL_DEFAULT": 0,
+    "MPOL_PREFERRED": 1,
+    "MPOL_BIND": 2,
+    "MPOL_INTERLEAVE": 3,
+    "MPOL_LOCAL": 4,
+    "MPOL_PREFERRED_MANY": 5,
+    "MPOL_WEIGHTED_INTERLEAVE": 6,
+}
+_MEMORY_FLAGS = {
+    "MPOL_F_NUMA_BALANCING": 1 << 13,
+    "MPOL_F_RELATIVE_NODES": 1 << 14,
+    "MPOL_F_STATIC_NODES": 1 << 15,
+}
 _IO_CLASSES = {"IOPRIO_CLASS_RT": 1, "IOPRIO_CLASS_BE": 2, "IOPRIO_CLASS_IDLE": 3}
 _PERSONALITIES = {"LINUX": 0, "LINUX32": 8}
 
 
-def plan_session(program: Program) -> None:
+def plan_session(program: Program, *, keyring: bool = True) -> None:
     """A session of its own, and a session keyring that holds nothing of the launcher's."""
     program.call("new session", "setsid")
-    program.call("new session keyring", "keyctl", KEYCTL_JOIN_SESSION_KEYRING, None, ok=(_ENOSYS,))
+    if keyring:
+        step = "new session keyring"
+        program.call(step, "keyctl", KEYCTL_JOIN_SESSION_KEYRING, None, ok=(_ENOSYS,))
 
 
 def plan_rlimits(program: Program, limits: Sequence[Rlimit]) -> None:
@@ -102,17 +118,17 @@ def plan_scheduler(program: Program, scheduler: Scheduler) -> None:
     program.call(f"set scheduling to {scheduler.policy}", "sched_setattr", 0, data, 0)
 
 
-def cpu_mask(cpus: str) -> bytes:
+def cpu_mask(cpus: str, where: str = "process.execCPUAffinity", what: str = "processors") -> bytes:
     """The mask of a list like "0-3,7" for sched_setaffinity(2), in whole 8-byte words; Invalid."""
     mask = 0
     for part in cpus.split(","):
         first, dash, last = part.strip().partition("-")
         numbers = (first, last) if dash else (first, first)
         if not all(n.isascii() and n.isdigit() and len(n) < 5 for n in numbers):
-            raise Invalid(f"process.execCPUAffinity: {cpus!r} is not a list of processors")
+            raise Invalid(f"{where}: {cpus!r} is not a list of {what}")
         low, high = map(int, numbers)
         if low > high:
-            raise Invalid(f"process.execCPUAffinity: {cpus!r} is not a list of processors")
+            raise Invalid(f"{where}: {cpus!r} is not a list of {what}")
         mask |= (1 << high + 1) - (1 << low)
     return mask.to_bytes((mask.bit_length() + 63) // 64 * 8, "little")
 
@@ -122,6 +138,22 @@ def plan_affinity(program: Program, cpus: str) -> None:
     if cpus:
         mask = cpu_mask(cpus)
         program.call(f"run on processors {cpus}", "sched_setaffinity", 0, len(mask), mask)
+
+
+def plan_memory_policy(program: Program, policy: MemoryPolicy) -> None:
+    """set_mempolicy(2); it goes through the exec."""
+    if policy.mode not in _MEMORY_MODES:
+        raise Invalid(f"linux.memoryPolicy: unknown mode {policy.mode!r}")
+    mode = _MEMORY_MODES[policy.mode]
+    for flag in policy.flags:
+        if flag not in _MEMORY_FLAGS:
+            raise Invalid(f"linux.memoryPolicy: unknown flag {flag!r}")
+        mode |= _MEMORY_FLAGS[flag]
+    mask = cpu_mask(policy.nodes, "linux.memoryPolicy.nodes", "nodes") if policy.nodes else None
+    # The kernel takes one bit less than it is told.
+    bits = len(mask) * 8 + 1 if mask else 0
+    step = f"set the memory policy to {policy.mode}"
+    program.call(step, "set_mempolicy", mode, mask, bits)
 
 
 def plan_io_priority(program: Program, priority: IOPriority) -> None:
@@ -195,14 +227,15 @@ def plan_no_new_privs(program: Program) -> None:
     program.call("set no_new_privs", "prctl", prctl.SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def plan_seccomp(program: Program, filter_: bytes, flags: int) -> None:
-    """Install a filter: an array of struct sock_filter, 8 bytes each."""
+def plan_seccomp(program: Program, filter_: bytes, flags: int) -> Slot:
+    """Install a filter: an array of struct sock_filter, 8 bytes each; what seccomp(2) returns."""
     if not filter_ or len(filter_) % 8:
         raise Invalid("a seccomp filter is not a whole number of instructions")
     code = Blob(filter_)
     # struct sock_fprog: a length in instructions, padding, a pointer.
     fprog = Patched(struct.pack("=H6xQ", len(filter_) // 8, 0), ((8, 8, code),))
-    program.call("install the system call filter", "seccomp", SECCOMP_SET_MODE_FILTER, flags, fprog)
+    step = "install the system call filter"
+    return program.call(step, "seccomp", SECCOMP_SET_MODE_FILTER, flags, fprog)
 
 
 def plan_working_directory(program: Program, root: Slot, cwd: str, how: bytes, size: int) -> None:

@@ -1,5 +1,6 @@
 """The root of a container: overlay or directory, and the change into it."""
 
+import errno
 import os
 from collections.abc import Sequence
 from typing import TypeVar
@@ -122,14 +123,32 @@ def plan_cover(program: Program, root: Argument) -> None:
     program.call("attach the root", "move_mount", root, "", kernel.AT_FDCWD, "/", flags)
 
 
-def plan_pivot(program: Program, root: Argument, *, readonly: bool, propagation: int = 0) -> None:
-    """Make `root` the root directory and let go of the host's; pivot_root(2)."""
-    if readonly or propagation:
-        data = kernel.mount_attr(kernel.ATTR_RDONLY if readonly else 0, 0, propagation)
-        program.call(
-            "make / read-only" if readonly else "set the propagation of /",
-            "mount_setattr", root, "", kernel.AT_EMPTY_PATH, data, kernel.ATTR_SIZE,
-        )  # fmt: skip
+def plan_pivot(
+    program: Program, root: Argument, *, readonly: bool, propagation: int = 0, pivot: bool = True
+) -> None:
+    """Make `root` the root directory and let go of the host's; pivot_root(2).
+
+    Without `pivot` the host's files stay below what covers them; whoever may mount could uncover
+    them, so the host's proc and sysfs, whose copies would be a way around masks, go first.
+    """
+    if readonly:
+        _plan_attributes(program, "make / read-only", root, kernel.ATTR_RDONLY, 0)
     program.call("enter the root", "fchdir", root)
-    program.call("pivot the root", "pivot_root", ".", ".")
-    program.call("let go of the host's files", "umount2", ".", kernel.MNT_DETACH)
+    if pivot:
+        program.call("pivot the root", "pivot_root", ".", ".")
+        program.call("let go of the host's files", "umount2", ".", kernel.MNT_DETACH)
+    else:
+        for path in ("/proc", "/sys"):
+            step = f"let go of the host's {path}"
+            program.call(step, "umount2", path, kernel.MNT_DETACH, ok=(errno.EINVAL, errno.ENOENT))
+        program.call("enter the root", "chroot", ".")
+    if propagation:  # now: pivot_root(2) takes no shared mount
+        _plan_attributes(program, "set the propagation of /", root, 0, propagation)
+
+
+def _plan_attributes(
+    program: Program, step: str, root: Argument, attributes: int, propagation: int
+) -> None:
+    data = kernel.mount_attr(attributes, 0, propagation)
+    flags = kernel.AT_EMPTY_PATH
+    program.call(step, "mount_setattr", root, "", flags, data, kernel.ATTR_SIZE)

@@ -23,8 +23,8 @@ from bulkhead.isolation.cgroups import manager as cgroups
 from bulkhead.isolation.cgroups.group import Group
 from bulkhead.linux import mountinfo, mounts, namespaces, openat2, procfs
 from bulkhead.linux.fds import OwnedFd
-from bulkhead.oci.runtime import Hooks, Spec
-from bulkhead.runtime import console, criu, hooks, lifecycle, parent
+from bulkhead.oci.runtime import Hooks, Resources, Spec
+from bulkhead.runtime import console, criu, hooks, lifecycle, parent, scopes
 from bulkhead.runtime.main import Context
 from bulkhead.runtime.records import Record, state
 
@@ -242,6 +242,7 @@ class _Restoration:
     spec: Spec
     group: Group
     options: lifecycle.Options
+    scope: scopes.Scope | None
     pid: int = 0
     lent: list[int] = field(default_factory=list)
 
@@ -259,6 +260,10 @@ class _Restoration:
             hooks.Point("createRuntime", declared.create_runtime, hooks.outside).call(told)
         elif point == "post-restore":
             self.pid = pid
+            if self.scope is not None:
+                resources = self.spec.linux.resources or Resources()
+                scopes.start(self.scope, pid, self.record.id, resources)
+                self.group.apply(resources)
             if _readonly(self.spec):
                 _protect_root(pid)
 
@@ -388,6 +393,7 @@ def restore(context: Context) -> int:
         console_socket=context.text("console-socket"),
         pid_file=context.text("pid-file"),
         warn=context.warn,
+        systemd=bool(context.general["systemd-cgroup"]),
     )
     identity, detach = context.arguments[0], context.flag("detach")
     if not detach and not context.flag("no-subreaper"):
@@ -405,14 +411,14 @@ def _restored(context: Context, identity: str, options: lifecycle.Options) -> Re
     with ExitStack() as undo, ExitStack() as lent:
         _leave_mounts()
         images, work = lent.enter_context(_places(context, make=False))
-        spec, record = lifecycle.read(records, identity, options)
+        spec, record, scope = lifecycle.read(records, identity, options)
         undo.enter_context(records.made(identity))
         undo.callback(records.remove, identity)
         records.save(record)
         group = cgroups.detect().create(record.cgroup, spec.linux.resources)
         undo.callback(group.delete)
         undo.callback(group.kill)
-        one = _Restoration(context, record, spec, group, options)
+        one = _Restoration(context, record, spec, group, options, scope)
         one.run(_common(context, images, work, "restore"), images, lent)
         record.pid = one.pid
         record.start_time = procfs.start_time(one.pid)

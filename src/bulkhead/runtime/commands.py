@@ -3,23 +3,20 @@
 import json
 import signal
 
-from bulkhead.errors import Invalid, Unsupported
-from bulkhead.runtime import console, lifecycle, parent
+from bulkhead.errors import Invalid
+from bulkhead.runtime import console, extras, lifecycle, parent
 from bulkhead.runtime.lifecycle import Options
 from bulkhead.runtime.main import Context
 from bulkhead.runtime.records import state as spec_state
 
 
 def _options(context: Context) -> Options:
-    for name, why in (
-        ("no-pivot", "the root is always changed by pivot_root"),
-        ("no-new-keyring", "a container always gets a session keyring of its own"),
-    ):
-        if context.flag(name):
-            raise Unsupported(f"--{name} is not supported: {why}")
-    if context.number("preserve-fds"):
-        raise Unsupported("--preserve-fds is not supported: a container gets its streams only")
     return Options(
+        fds=extras.preserved(context.number("preserve-fds")),
+        keyring=not context.flag("no-new-keyring"),
+        pivot=not context.flag("no-pivot"),
+        pidfd_socket=context.text("pidfd-socket"),
+        systemd=bool(context.general["systemd-cgroup"]),
         bundle=context.text("bundle") or ".",
         console_socket=context.text("console-socket"),
         pid_file=context.text("pid-file"),

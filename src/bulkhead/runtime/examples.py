@@ -40,13 +40,13 @@ def features(_context: Context) -> int:
             "cgroup": {
                 "v1": True,
                 "v2": True,
-                "systemd": False,
+                "systemd": True,
                 "systemdUser": False,
                 "rdma": True,
             },
             "seccomp": {
                 "enabled": True,
-                "actions": sorted(seccomp.ACTIONS.keys() - {"SCMP_ACT_NOTIFY"}),
+                "actions": sorted(seccomp.ACTIONS),
                 "operators": sorted(get_args(runtime.SeccompOperator)),
                 "archs": architectures,
                 "knownFlags": list(_FILTER_FLAGS),

@@ -4,14 +4,16 @@ from contextlib import ExitStack
 
 import msgspec
 
+from bulkhead.boundaries.container_extras import Extras
 from bulkhead.boundary.seam import Stdio
 from bulkhead.errors import Conflict, Invalid, NotFound, Unsupported
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.oci.runtime import Capabilities, Process, User, validate_process
-from bulkhead.runtime import console, lifecycle, parent
+from bulkhead.runtime import console, extras, lifecycle, parent
 from bulkhead.runtime.driving import drive
 from bulkhead.runtime.main import Context
 from bulkhead.runtime.records import Record
+from bulkhead.runtime.records import state as spec_state
 from bulkhead.runtime.spawner import PTY, Spawner
 
 
@@ -30,6 +32,7 @@ def exec_(context: Context) -> int:
     socket = context.text("console-socket")
     if detach and process.terminal and not socket:
         raise Invalid("a detached process with a terminal needs --console-socket")
+    fds = extras.preserved(context.number("preserve-fds"))
     if process.terminal and not socket:
         parent.current().require_caller("carries a terminal")
     if not detach:
@@ -48,7 +51,12 @@ def exec_(context: Context) -> int:
         spawner.notes[PTY] = take
         stdio = Stdio(terminal=True) if process.terminal else lifecycle.streams(undo)
         container = lifecycle.load(context.records, record, spawner)
-        launched = drive(container.exec("exec", process, stdio))
+        told = spec_state(record, status)
+        listener = extras.listener(container.bundle.spec, told, spawner, undo)
+        also = Extras(keep_numbers=True, listener=listener)
+        launched = drive(container.exec("exec", process, stdio, fds, also))
+    if context.text("pidfd-socket"):
+        extras.send_pidfd(context.text("pidfd-socket"), launched.pid)
     if context.text("pid-file"):
         lifecycle.write_pid(context.text("pid-file"), launched.pid)
     if detach:
@@ -59,8 +67,6 @@ def exec_(context: Context) -> int:
 
 
 def _refuse(context: Context) -> None:
-    if context.number("preserve-fds"):
-        raise Unsupported("--preserve-fds is not supported: a process gets its streams only")
     if context.texts("cgroup"):
         raise Unsupported("--cgroup is not supported: a process joins the container's own group")
 

@@ -13,7 +13,7 @@ import select
 import signal
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,13 +26,13 @@ from bulkhead.boundaries.container_process import candidates
 from bulkhead.boundary.failures import EXEC, launch_failure
 from bulkhead.boundary.registry import Services
 from bulkhead.boundary.seam import Bundle, Rootfs, Stdio
-from bulkhead.errors import Conflict, Internal, Invalid, NotFound, Unsupported
+from bulkhead.errors import Conflict, Internal, Invalid, NotFound
 from bulkhead.isolation import mounts
 from bulkhead.isolation.cgroups import manager as cgroups
 from bulkhead.linux import openat2, pidfd, procfs
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.oci.runtime import DeviceCgroup, Hooks, Mount, Process, Resources, Spec, decode
-from bulkhead.runtime import console, hooks
+from bulkhead.runtime import console, extras, hooks, scopes
 from bulkhead.runtime.driving import drive, run
 from bulkhead.runtime.records import Record, Records, alive, state
 from bulkhead.runtime.spawner import PTY, Spawner, read_progress
@@ -61,6 +61,12 @@ class Options:
     bundle: str
     console_socket: str = ""
     pid_file: str = ""
+    pidfd_socket: str = ""
+    systemd: bool = False
+    """cgroupsPath is systemd's (scopes.py)."""
+    fds: Sequence[int] = ()
+    keyring: bool = True
+    pivot: bool = True
     warn: Warn = field(default=lambda _text: None)
     master: list[OwnedFd] = field(default_factory=list)
     """Where the terminal's master goes without a console socket."""
@@ -86,14 +92,12 @@ def read_bundle(path: str) -> tuple[Spec, str]:
     return spec, os.path.realpath(root)
 
 
-def prepare(spec: Spec, bundle: str, identity: str) -> Spec:
+def prepare(spec: Spec, bundle: str, group: str) -> Spec:
     """The configuration as our boundary takes it: absolute binds, device rules, cgroup path."""
     linux = spec.linux
     resources = linux.resources or Resources()
     resources = msgspec.structs.replace(resources, devices=[*resources.devices, *_DEVICES])
-    linux = msgspec.structs.replace(
-        linux, resources=resources, cgroups_path=cgroup_path(linux.cgroups_path, identity)
-    )
+    linux = msgspec.structs.replace(linux, resources=resources, cgroups_path=group)
     process = None if spec.process is None else usable(spec.process)
     binds = [_absolute(mount, bundle) for mount in spec.mounts]
     return msgspec.structs.replace(spec, linux=linux, process=process, mounts=binds)
@@ -121,12 +125,9 @@ def _absolute(mount: Mount, bundle: str) -> Mount:
 
 
 def cgroup_path(path: str, identity: str) -> str:
-    """cgroupsPath as an absolute path below the hierarchies; Unsupported for systemd's form."""
+    """cgroupsPath as an absolute path below the hierarchies; Invalid for systemd's form."""
     if path.count(":") == 2 and not path.startswith("/"):
-        raise Unsupported(
-            f"linux.cgroupsPath {path!r} is systemd's form, which this runtime does not speak yet: "
-            "configure the engine for the cgroupfs driver"
-        )
+        raise Invalid(f"linux.cgroupsPath {path!r} is systemd's form: it takes --systemd-cgroup")
     return "/" + os.path.normpath(path).lstrip("/") if path else f"/bulkhead-runtime-{identity}"
 
 
@@ -150,8 +151,15 @@ class _Creation:
         self.bundle = os.path.realpath(options.bundle)
         self.spec, root = read_bundle(self.bundle)
         _check_console(self.spec, options)
+        extras.check_listener(self.spec.linux.seccomp)
         self.hooks = self.spec.hooks or Hooks()
-        self.spec = prepare(self.spec, self.bundle, identity)
+        self.scope: scopes.Scope | None = None
+        wanted = self.spec.linux.cgroups_path
+        if options.systemd:
+            scopes.check()
+            self.scope = scopes.parse(wanted, identity)
+        group = self.scope.path if self.scope else cgroup_path(wanted, identity)
+        self.spec = prepare(self.spec, self.bundle, group)
         self.record = Record(
             id=identity,
             bundle=self.bundle,
@@ -161,6 +169,7 @@ class _Creation:
             cgroup=self.spec.linux.cgroups_path,
             owner=_owner(),
             annotations=self.spec.annotations,
+            unit=self.scope.unit if self.scope else "",
         )
 
     def run(self) -> Record:
@@ -179,6 +188,8 @@ class _Creation:
             self.records.save(self.record)
             if self.options.pid_file:
                 write_pid(self.options.pid_file, pid)
+            if self.options.pidfd_socket:
+                extras.send_pidfd(self.options.pidfd_socket, pid)
             kept.pop_all()
         return self.record
 
@@ -203,16 +214,25 @@ class _Creation:
             Rootfs(directory=self.record.rootfs, mapped=False),
             path,
             gates={"hooks": int(waits), "start": int(gate)},
+            fds=tuple(self.options.fds),
+            keep_numbers=True,
+            keyring=self.options.keyring,
+            pivot=self.options.pivot,
+            listener=extras.listener(self.spec, state(self.record, "creating"), spawner, lent),
         )
         container = drive(boundary.create(bundle))
         undo.callback(container.group.delete)
 
         def hooks_due(pid: int, _fd: OwnedFd) -> bool:
+            if self.scope is not None:
+                scopes.start(self.scope, pid, self.record.id, self.spec.linux.resources)
+                # systemd may have taken controllers from the group, and their limits with them.
+                container.group.apply(self.spec.linux.resources or Resources())
             self._run_hooks(pid, container)
             os.write(int(opens), b"0")
             return False
 
-        spawner.notes = {
+        spawner.notes |= {
             PTY: self._take_terminal,
             "hooks": hooks_due,
             "start": self._ready,
@@ -272,10 +292,12 @@ def check_program(pid: int, process: Process) -> None:
     raise launch_failure(EXEC, 0, problem, name, ["execute the program"], no_interpreter=False)
 
 
-def read(records: Records, identity: str, options: Options) -> tuple[Spec, Record]:
+def read(
+    records: Records, identity: str, options: Options
+) -> tuple[Spec, Record, scopes.Scope | None]:
     """What a bundle is to become, before any of it is there; Invalid for one that cannot be."""
     creation = _Creation(records, identity, options)
-    return creation.spec, creation.record
+    return creation.spec, creation.record, creation.scope
 
 
 def create(records: Records, identity: str, options: Options) -> Record:
@@ -403,6 +425,8 @@ def _delete(records: Records, identity: str, *, force: bool, warn: Warn) -> None
         if record.pid:
             _await_end(record)
         group.delete()
+    if record.unit:
+        scopes.stop(record.unit)
     declared = (records.spec(identity).hooks if record.pid else None) or Hooks()
     point = hooks.Point("poststop", declared.poststop, hooks.outside)
     point.try_(state(record, "stopped"), warn)

@@ -6,7 +6,7 @@ import msgspec
 
 from bulkhead.errors import Conflict, Invalid, Unsupported
 from bulkhead.oci.runtime import CPU, BlockIO, Memory, Pids, Resources
-from bulkhead.runtime import lifecycle
+from bulkhead.runtime import lifecycle, scopes
 from bulkhead.runtime.main import Context
 
 
@@ -21,6 +21,8 @@ def update(context: Context) -> int:
     path = context.text("resources")
     resources = _read(path) if path else _given(context)
     lifecycle.load(context.records, record).group.apply(resources)
+    if record.unit:
+        scopes.update(record.unit, resources)
     return 0
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 from importlib import import_module
 
-from bulkhead.errors import BulkheadError, Invalid, Unsupported
+from bulkhead.errors import BulkheadError, Invalid
 from bulkhead.runtime.options import COMMANDS, GLOBALS, Command, Option, Values, parse
 from bulkhead.runtime.records import PLANNER, Records
 
@@ -137,6 +137,8 @@ def start_planner(native: str, words: list[str]) -> None:
     folder = os.path.abspath(f"{root}/{PLANNER}")
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
+        if _has_planner(folder):
+            return
         log = os.open(f"{folder}/log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         null = os.open(os.devnull, os.O_RDWR)
     except OSError:
@@ -146,6 +148,21 @@ def start_planner(native: str, words: list[str]) -> None:
     os.posix_spawn(
         native, [native, "planner", folder], environment, file_actions=streams, setsid=True
     )
+
+
+def _has_planner(folder: str) -> bool:
+    """Whether a planner of this mount namespace serves in `folder`: it holds the lock."""
+    import fcntl
+
+    path = f"{folder}/{os.stat('/proc/self/ns/mnt').st_ino}.lock"
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -181,10 +198,6 @@ def _dispatch(general: Values, rest: list[str]) -> int:
         return 0
     if general["log-format"] not in ("text", "json"):
         raise Invalid(f"unknown log-format {general['log-format']!r}: text or json")
-    if general["systemd-cgroup"]:
-        raise Unsupported(
-            "--systemd-cgroup is not supported yet: configure the engine for the cgroupfs driver"
-        )
     command = {one.name: one for one in COMMANDS}.get(rest[0])
     if command is None:
         raise Invalid(f"no command {rest[0]!r}; see bulkhead-runtime --help")

@@ -44,6 +44,8 @@ class Record(msgspec.Struct, omit_defaults=True):
     pid: int = 0
     start_time: int = 0
     annotations: dict[str, str] = {}
+    unit: str = ""
+    """systemd's scope around it, if it has one."""
 
 
 class Records:
