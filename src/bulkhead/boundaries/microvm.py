@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from bulkhead.boundaries import microvm_syscalls
 from bulkhead.boundaries.container import ContainerBoundary
 from bulkhead.boundaries.guest import disks, hotplug, initramfs, kernels, plan
+from bulkhead.boundaries.guest.cards import Cards
 from bulkhead.boundaries.guest.instance import (
     MONITOR,
     OPTIONAL,
@@ -30,12 +31,11 @@ from bulkhead.boundaries.guest.instance import (
     native_program,
 )
 from bulkhead.boundaries.jail import Jail, JailRoot, jail_bundle, uid_of
-from bulkhead.boundaries.vmm import images, qemu, templates, training
+from bulkhead.boundaries.vmm import balloon, hot, images, plugs, qemu, templates, training
 from bulkhead.boundaries.vmm.acceleration import acceleration, tsc_khz
-from bulkhead.boundaries.vmm.plugs import Plugs
 from bulkhead.boundary.registry import Services
 from bulkhead.boundary.seam import Bundle, Launcher, Missing, Report, Rootfs, Stdio
-from bulkhead.errors import BulkheadError, Conflict, Invalid, Unsupported
+from bulkhead.errors import BulkheadError, Conflict, Invalid, Unavailable, Unsupported
 from bulkhead.home import Home
 from bulkhead.linux import netns, sparse
 from bulkhead.linux.fds import OwnedFd
@@ -133,7 +133,28 @@ class MicrovmBoundary(GuestBoundary):
 
     def plugs(self, pid: int, cards: int) -> hotplug.Plugs:
         """The places of its template that are empty."""
-        return Plugs(pid, cards, control_fd(cards))
+        return plugs.Plugs(pid, cards, control_fd(cards))
+
+    def cards(self, pid: int, cards: int) -> Cards:
+        """The spare cards of its template."""
+        return plugs.Cards(pid, cards, control_fd(cards))
+
+    def resize(self, pid: int, cards: int, memory_bytes: int) -> None:
+        """By the balloon, whose driver is bound at its first use.
+
+        Under pressure inside the balloon gives way (deflate-on-oom): nothing is killed for it.
+        """
+        with contextlib.suppress(Unsupported):
+            balloon.resize(pid, cards, control_fd(cards), max(memory_bytes, qemu.MIN_MEMORY))
+
+    def given_back(self, pid: int, cards: int, memory_bytes: int) -> int:
+        """What is in the balloon."""
+        with (
+            contextlib.suppress(Unsupported, Unavailable),
+            hot.Control(pid, control_fd(cards)) as control,
+        ):
+            return max(0, memory_bytes - control.memory())
+        return 0
 
     async def ready(self, bundle: Bundle) -> None:
         """Have a template to clone from."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from bulkhead.boundaries import sandbox_plugs, sandbox_syscalls
 from bulkhead.boundaries.guest import disks, hotplug, initramfs, kernels, plan, trim
+from bulkhead.boundaries.guest.cards import Cards
 from bulkhead.boundaries.guest.instance import (
     MONITOR,
     OPTIONAL,
@@ -24,6 +25,8 @@ from bulkhead.boundaries.jail import Jail, JailRoot, has_files, uid_of
 from bulkhead.boundary.registry import GVISOR, Services
 from bulkhead.boundary.seam import Bundle, Instance, Missing, Report
 from bulkhead.errors import BulkheadError, Invalid, Unsupported
+from bulkhead.linux import tap
+from bulkhead.linux.fds import OwnedFd
 
 if TYPE_CHECKING:
     from bulkhead.boundaries.gvisor import GvisorBoundary
@@ -167,16 +170,29 @@ class SandboxBoundary(GuestBoundary):
             interfaces=tuple(f"vec{number}" for number in range(len(bundle.nics))),
             sources=volumes.sources,
         )
-        return Prepared(made, machine, ("--ring", RING), slots=range(len(files) + 1))
+        spares = _spare_taps(bundle)
+        return Prepared(made, machine, ("--ring", RING), spares, range(len(files) + 1))
 
     def plugs(self, pid: int, cards: int) -> hotplug.Plugs:
         """By way of the kernel's management console."""
         return sandbox_plugs.Plugs(pid)
 
+    def cards(self, pid: int, cards: int) -> Cards:
+        """By its spare taps."""
+        return sandbox_plugs.Cards(pid, cards, FIRST_TAP_FD + cards)
+
     def share_modules(self, bundle: Bundle) -> Sequence[str]:
         """FUSE, which is loaded where it is needed."""
         found = kernels.find(self.home, bundle.kernel or kernels.UML).module_files(("fuse",))
         return [f"/modules/{os.path.basename(path).removesuffix('.xz')}" for path in found]
+
+
+def _spare_taps(bundle: Bundle) -> tuple[OwnedFd, ...]:
+    """What cards for further networks can be made of while it runs (sandbox_plugs.py)."""
+    network = bundle.spec.linux.namespace("network")
+    if not bundle.nics or network is None or not network.path:
+        return ()
+    return tuple(tap.open_spares(network.path, sandbox_plugs.SPARES))
 
 
 def _files(bundle: Bundle) -> bool:

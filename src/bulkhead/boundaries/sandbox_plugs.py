@@ -1,4 +1,4 @@
-"""Disks of a user-mode-linux that runs (guest/hotplug.py): orders to its management console.
+"""Disks and cards of a user-mode-linux that runs (guest/hotplug.py, cards.py): its console.
 
 The console is a socket in the jail's /tmp; a request is one datagram, and so is its answer
 (arch/um/drivers/mconsole.h of the kernel).
@@ -10,8 +10,9 @@ import struct
 from collections.abc import Sequence
 
 from bulkhead.boundaries.guest import hotplug
+from bulkhead.boundary.seam import Nic
 from bulkhead.errors import Unavailable
-from bulkhead.linux import netns, openat2
+from bulkhead.linux import netns, openat2, pidfd
 from bulkhead.linux.fds import OwnedFd
 
 SLOTS = 16
@@ -21,6 +22,8 @@ _HEAD = struct.Struct("<III")
 _ANSWER = struct.Struct("<iii")
 _MAGIC, _VERSION, _ROOM = 0xCAFEBABE, 2, 512
 _ANSWER_S = 20.0
+SPARES = 3
+"""Taps without an interface that a kernel is started with: for networks of a running guest."""
 
 
 def order(pid: int, words: str) -> None:
@@ -75,3 +78,42 @@ class Plugs:
     def remove(self, slot: int) -> None:
         """Refused while it is mounted."""
         order(self._pid, f"remove ubd{slot}")
+
+
+class Cards:
+    """Cards for the spare taps; a tap is gone with its card, and each can be used once."""
+
+    lasting = False
+
+    def __init__(self, pid: int, cards: int, first_fd: int) -> None:
+        self._pid, self._cards, self._first_fd = pid, cards, first_fd
+        self.spares: Sequence[int] = range(SPARES if cards else 0)
+
+    def spare_tap(self, number: int) -> OwnedFd | None:
+        """A copy of the kernel's own descriptor."""
+        try:
+            with open(f"/proc/{self._pid}/task/{self._pid}/children", encoding="ascii") as file:
+                kernel = int(file.read().split()[0])
+            with pidfd.open_process(kernel) as process:
+                return pidfd.get_descriptor(process, self._first_fd + number)
+        except (OSError, IndexError) as error:
+            raise Unavailable(f"the guest has no spare tap: {error}") from error
+
+    def add(self, number: int, nic: Nic) -> str:
+        """Make the card."""
+        name = f"vec{self._cards + number}"
+        fd = self._first_fd + number
+        order(
+            self._pid,
+            f"config {name}:transport=fd,fd={fd},vec=0,mac={nic.mac},mtu={nic.mtu}",
+        )
+        path = f"/sys/class/net/{name}/address"
+        return hotplug.appeared(self._pid, [(path, name)])
+
+    def remove(self, number: int) -> None:
+        """Remove it."""
+        self.unplug(self._cards + number)
+
+    def unplug(self, index: int) -> None:
+        """Remove it."""
+        order(self._pid, f"remove vec{index}")

@@ -5,6 +5,7 @@ that does not, a guest is booted that shows its files (boundaries/guest/shown.py
 hostile: names are checked, nothing is written to the host by name, memory is bounded.
 """
 
+import asyncio
 import contextlib
 import os
 import posixpath
@@ -462,7 +463,11 @@ async def top(engine: "Engine", workload: Workload, ps_args: str) -> dict[str, A
 
 async def usage(engine: "Engine", workload: Workload) -> dict[str, Any]:
     """What the workload uses in its guest, in the shape of Docker's statistics."""
-    return await with_interior(engine, workload, lambda inside: inside.usage())
+    found = await with_interior(engine, workload, lambda inside: inside.usage())
+    instance: object = workload.instance
+    if isinstance(instance, Guest) and (given := await asyncio.to_thread(instance.given_back)):
+        found["memory_stats"]["given_back"] = given
+    return found
 
 
 async def connect(workload: Workload, address: str, port: int) -> socket.socket:

@@ -273,16 +273,6 @@ def explain_oom(record: Record, kills: int) -> str:
     )
 
 
-def check_unplugged(workload: Workload) -> None:
-    """Unsupported if its network cards are in use by a kernel that cannot be given others."""
-    record = workload.record
-    if is_guest(record):
-        raise Unsupported(
-            f"the networks of a running workload behind the boundary {record.boundary} cannot "
-            f"change: stop {record.name} first"
-        )
-
-
 def check_shared(other: Workload, boundary: str) -> None:
     """Unsupported if `other` has its namespaces in another kernel than one behind `boundary`."""
     record = other.record

@@ -3,12 +3,14 @@
 The kernel's Documentation/networking/tuntap.rst; the numbers are from linux/if_tun.h.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
 import struct
 
 from bulkhead.errors import Unsupported
+from bulkhead.linux import netns
 from bulkhead.linux.fds import OwnedFd
 
 _DEVICE = "/dev/net/tun"
@@ -31,10 +33,29 @@ def open_tap(name: str, *, vnet_hdr: bool = False) -> OwnedFd:
                 f"guest network: {_DEVICE} is missing; load the kernel module tun (modprobe tun)"
             ) from error
         raise
-    flags = _IFF_TAP | _IFF_NO_PI | (_IFF_VNET_HDR if vnet_hdr else 0)
     try:
-        fcntl.ioctl(tap.fileno(), _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+        attach_tap(tap.fileno(), name, vnet_hdr=vnet_hdr)
     except BaseException:
         tap.close()
         raise
     return tap
+
+
+def open_spares(netns_path: str, count: int) -> list[OwnedFd]:
+    """What can become taps of that network namespace later (`attach_tap`). OSError."""
+
+    def work() -> list[OwnedFd]:
+        with contextlib.ExitStack() as undo:
+            flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK
+            made = [undo.enter_context(OwnedFd(os.open(_DEVICE, flags))) for _ in range(count)]
+            undo.pop_all()
+        return made
+
+    with OwnedFd(os.open(netns_path, os.O_RDONLY | os.O_CLOEXEC)) as namespace:
+        return netns.inside(int(namespace), work)
+
+
+def attach_tap(fd: int, name: str, *, vnet_hdr: bool = False) -> None:
+    """Make interface `name` for an open one that has none, in the namespace it was opened in."""
+    flags = _IFF_TAP | _IFF_NO_PI | (_IFF_VNET_HDR if vnet_hdr else 0)
+    fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))

@@ -10,12 +10,11 @@ import contextlib
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
-from bulkhead.errors import Unsupported
 from bulkhead.home import Home
 from bulkhead.network import files
 from bulkhead.network.bridges import Active, Endpoint
@@ -315,13 +314,24 @@ def pseudo_endpoint(network_id: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def no_live_guest(made: Attached) -> None:
-    """Unsupported for a guest: what it has now stays so while it runs."""
-    if made.request.guest:
-        raise Unsupported(
-            f"{made.request.name} is a virtual machine that runs: its networks can be changed only "
-            "while it is stopped"
-        )
+@dataclass(frozen=True, slots=True)
+class Cables:
+    """Names of interfaces by the network's id, and by IP version what the default route is:
+    interface and gateway.
+    """
+
+    names: dict[str, str]
+    gateways: dict[int, tuple[str, str]]
+
+
+def cables(made: Attached, active: Mapping[str, Active]) -> Cables:
+    """Of a workload on bridges."""
+    names = {one.network: one.name for one in made.endpoints}
+    gateways = {
+        int(version): (names[network], active[network].gateway(int(version)))
+        for version, network in made.default_routes.items()
+    }
+    return Cables(names, gateways)
 
 
 def close_all(sockets: Sockets) -> None:

@@ -131,11 +131,8 @@ class NetworkManager:
         if request.workload_id in self._attached:
             raise Conflict(f"workload {request.workload_id} is attached to its networks already")
         mode = request.mode
-        if request.guest and (mode == "host" or mode.startswith("container:")):
-            raise Unsupported(
-                f"network mode {mode.partition(':')[0]} is not for virtual machines: use a bridge "
-                "network or none"
-            )
+        if request.guest and mode == "host":
+            raise Unsupported("network mode host is not for virtual machines: use a bridge network")
         if mode in ("host", "none"):
             return self._prepare_simple(request, mode)
         if mode.startswith("container:"):
@@ -162,8 +159,10 @@ class NetworkManager:
         pid = self._pids.get(target)
         if pid is None:
             raise Conflict(f"cannot join network of a non running container: {target}")
-        if target in self._attached and self._attached[target].request.guest:
-            raise Unsupported(f"the network of a virtual machine cannot be joined: {target}")
+        if target in self._attached and self._attached[target].request.guest != request.guest:
+            raise Unsupported(
+                f"the network of a virtual machine can be joined from inside of it only: {target}"
+            )
         self._lent.drop(target)
         made = Attached(request, "container", target=target)
         self._attached[request.workload_id] = made
@@ -338,7 +337,6 @@ class NetworkManager:
         made = self._find(workload_id)
         if made.kind != "bridge":
             raise Denied(f"container cannot be connected to another network: it has {made.kind}")
-        shapes.no_live_guest(made)
         if self._catalog.pseudo(network):
             raise Denied(f"container cannot be connected to network {network}")
         found = self._catalog.find(network)
@@ -357,6 +355,10 @@ class NetworkManager:
         self._changed(made, sockets)
         return self.settings(workload_id)
 
+    def cables(self, workload_id: str) -> shapes.Cables:
+        """The interfaces of a running workload."""
+        return shapes.cables(self._find(workload_id), self._bridges.active)
+
     def disconnect(self, workload_id: str, network: str, force: bool = False) -> dict[str, Any]:
         """Take a running workload from a network; its settings afterwards.
 
@@ -369,7 +371,6 @@ class NetworkManager:
             if force:
                 return self.settings(workload_id)
             raise Denied(f"container {workload_id} is not connected to network {found.name}")
-        shapes.no_live_guest(made)
         with self._namespace(workload_id) as namespace:
             self._wiring.unplug_live(made, endpoint, namespace)
         kept = {

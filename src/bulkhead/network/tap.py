@@ -26,7 +26,7 @@ from bulkhead.linux import nftables as nft
 from bulkhead.linux import rtnetlink as rt
 from bulkhead.linux.fds import OwnedFd
 from bulkhead.linux.netlink import Netlink, NetlinkError
-from bulkhead.linux.tap import open_tap
+from bulkhead.linux.tap import attach_tap, open_tap
 from bulkhead.network.inner import GUEST_ADDRESS
 
 RESOLVER = GUEST_ADDRESS
@@ -72,6 +72,62 @@ def guest_taps(netns_path: str, *, vnet_hdr: bool = False) -> list[GuestNic]:
         return netns.inside(fd, lambda: _convert(vnet_hdr))
     finally:
         os.close(fd)
+
+
+def guest_tap(netns_path: str, name: str, spare: OwnedFd | None = None) -> GuestNic:
+    """Give one more interface, `name`, to the guest that runs in the namespace.
+
+    `spare`: a tap that the machine has already, with no interface yet (linux/tap.py).
+    """
+
+    def convert() -> GuestNic:
+        with rt.connect() as route:
+            known = {one.name for one in rt.links(route)}
+            numbers = range(1, len(known) + 2)
+            number = next(n for n in numbers if not {f"gb{n}", f"tap{n}"} & known)
+            link = rt.link(route, name)
+            _filter([link], f"{TABLE}_{name}")
+            return _one(route, link, number, False, None, spare)
+
+    with OwnedFd(os.open(netns_path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
+        return netns.inside(int(fd), convert)
+
+
+def bridge_of(netns_path: str, name: str) -> str:
+    """The bridge that interface `name` of a guest's namespace is a port of, "" if there is none."""
+
+    def look() -> str:
+        with rt.connect() as route:
+            links = {one.index: one for one in rt.links(route)}
+            master = next((one.master for one in links.values() if one.name == name), 0)
+            return links[master].name if master in links else ""
+
+    with OwnedFd(os.open(netns_path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
+        return netns.inside(int(fd), look)
+
+
+def let_go(netns_path: str, bridge: str, name: str) -> None:
+    """Undo what a tap was made with, after interface `name` has gone; gb0 stays, with the resolver.
+
+    A guest that asks that then has the address ALONE.
+    """
+
+    def work() -> None:
+        with rt.connect() as route:
+            if bridge == "gb0":
+                index = rt.link(route, bridge).index
+                with contextlib.suppress(NetlinkError):
+                    prefix = IPv4Network(IPv4Interface(ALONE).ip)
+                    route.transact([rt.add_route(index=index, prefix=prefix)])
+            elif bridge:
+                route.transact([rt.delete_link(name=bridge)])
+        with contextlib.suppress(NetlinkError), nft.connect() as netlink:
+            batch = nft.Batch(nft.BRIDGE, f"{TABLE}_{name}")
+            batch.delete_table()
+            batch.commit(netlink)
+
+    with OwnedFd(os.open(netns_path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
+        netns.inside(int(fd), work)
 
 
 def guest_wires(netns_path: str) -> OwnedFd:
@@ -125,7 +181,12 @@ def _convert(vnet_hdr: bool, far: OwnedFd | None = None) -> list[GuestNic]:
 
 
 def _one(
-    route: Netlink, link: rt.Link, number: int, vnet_hdr: bool, far: OwnedFd | None
+    route: Netlink,
+    link: rt.Link,
+    number: int,
+    vnet_hdr: bool,
+    far: OwnedFd | None,
+    spare: OwnedFd | None = None,
 ) -> GuestNic:
     bridge, tap = f"gb{number}", f"tap{number}"
     addresses = [one.address for one in rt.addresses(route) if one.index == link.index]
@@ -134,7 +195,11 @@ def _one(
     if number == 0 and not any(one.version == 4 for one in addresses):
         addresses.append(IPv4Interface(ALONE))
     with contextlib.ExitStack() as undo:
-        fd = _wire(route, link, tap, far) if far else open_tap(tap, vnet_hdr=vnet_hdr)
+        if spare is not None:
+            attach_tap(int(spare), tap, vnet_hdr=vnet_hdr)
+            fd = spare.duplicate()
+        else:
+            fd = _wire(route, link, tap, far) if far else open_tap(tap, vnet_hdr=vnet_hdr)
         undo.callback(fd.close)
         mac, port = _local_mac(), _local_mac()
         route.transact([rt.add_bridge(bridge, mac=mac, mtu=link.mtu, up=False)])
@@ -191,9 +256,9 @@ def _local_mac() -> bytes:
     return b"\x02" + os.urandom(5)
 
 
-def _filter(ports: list[rt.Link]) -> None:
+def _filter(ports: list[rt.Link], table: str = TABLE) -> None:
     """Nothing from or for the resolver's address passes these ports; no echo comes back in."""
-    batch = nft.Batch(nft.BRIDGE, TABLE)
+    batch = nft.Batch(nft.BRIDGE, table)
     batch.add_table("bulkhead: 169.254.53.53 is this guest's own neighbour")
     resolver = IPv4Network(RESOLVER)
     for chain, hook, key in (

@@ -109,7 +109,8 @@ class Wiring:
         active = self.up(network)
         taken = {one.name for one in made.endpoints}
         prefix = network.container_prefix
-        number = next(n for n in range(len(taken) + 1) if f"{prefix}{n}" not in taken)
+        first = int(made.request.guest)  # whose first card stays when its network goes
+        number = next(n for n in range(first, len(taken) + 2) if f"{prefix}{n}" not in taken)
         with contextlib.ExitStack() as undo:
             cable = self.plan(active, asked, f"{prefix}{number}")
             undo.callback(active.give, *(str(one.ip) for one in cable.addresses))
@@ -151,8 +152,8 @@ class Wiring:
             active = routes.get(version)
             now = active.network.id if active else ""
             before = made.default_routes.get(str(version), "")
-            if now == before:
-                continue
+            if now == before or made.request.guest:
+                continue  # a guest has its routes inside
             if before in by_network:
                 old = rt.link(inner, by_network[before].name).index
                 inner.transact([rt.delete_default_route(old, version)])

@@ -24,7 +24,8 @@ import msgspec
 from bulkhead import _native
 from bulkhead.boundaries import jail
 from bulkhead.boundaries.container import Container, ContainerBoundary
-from bulkhead.boundaries.guest import files, hotplug, link, plan, resuming
+from bulkhead.boundaries.guest import cards, files, hotplug, link, plan, resuming
+from bulkhead.boundaries.guest.cards import Cards
 from bulkhead.boundaries.guest.frames import last_words
 from bulkhead.boundaries.guest.interior import Interior
 from bulkhead.boundaries.guest.report import INSIDE, Report
@@ -35,6 +36,7 @@ from bulkhead.errors import BulkheadError, Conflict, Unavailable, Unsupported
 from bulkhead.home import Home
 from bulkhead.linux import pidfd
 from bulkhead.linux.fds import OwnedFd
+from bulkhead.linux.program import Program
 from bulkhead.oci.runtime import Mount, Process, Resources
 
 MONITOR = "/usr/bin/bulkhead-monitor"
@@ -42,6 +44,8 @@ SOCKET = "/run/guest.sock"
 KILL = 63
 """The real-time signal that the monitor passes on as SIGKILL to the workload."""
 OPTIONAL = frozenset({"pausable", "updatable", "measured", "guest"})
+KERNELS_OWN = 48 << 20
+"""Bytes that a guest keeps beyond its workload's limit when that is lowered."""
 _DETAIL = "/run/detail"
 _DETAIL_MAX = 128 << 10
 START_S = 130.0
@@ -133,6 +137,25 @@ class GuestBoundary(ABC):
             f"a guest behind the boundary {self.name} takes no further workloads: --boundary "
             "sandbox or microvm"
         )
+
+    def cards(self, pid: int, cards: int) -> Cards:
+        """The network cards of the running guest, which was started with `cards` of them."""
+        raise Unsupported(
+            f"the networks of a running guest behind the boundary {self.name} cannot change: stop "
+            "it first"
+        )
+
+    def resize(self, pid: int, cards: int, memory_bytes: int) -> None:
+        """Take memory from the running guest, or give it again, until it has so much; in a thread.
+
+        What is taken is the host's again. As far as the guest can do without it; where a machine
+        cannot be told, nothing happens.
+        """
+        return
+
+    def given_back(self, pid: int, cards: int, memory_bytes: int) -> int:
+        """How much of `memory_bytes` the guest has given back; in a thread."""
+        return 0
 
     def share_modules(self, bundle: Bundle) -> Sequence[str]:
         """Files of the initramfs that a guest without shares may not have loaded, in order."""
@@ -226,6 +249,7 @@ class Guest:
             inside.spec.mounts.append(_detail_mount(self._reports, uid))
             note(self._reports, "memory", str(prepared.jail.guest_bytes))
             note(self._reports, "cards", str(len(bundle.nics)))
+            cards.write(self._reports, cards.Wires([nic.name for nic in bundle.nics]))
             note(self._reports, "places", json.dumps(_places(bundle, machine, shares)))
             hotplug.write(f"{self._reports}/{hotplug.NAME}", dict.fromkeys(prepared.slots, ("", 0)))
             assert inside.spec.process is not None
@@ -342,6 +366,10 @@ class Guest:
 
     def _snapshot(self, directory: str) -> None:
         pid = self._running()
+        if cards.read(self._reports).changed:
+            raise Conflict("its networks have changed since it was started: restart it first")
+        if any(owner for owner, _ in hotplug.read(f"{self._reports}/{hotplug.NAME}").values()):
+            raise Conflict("other workloads run in this guest, which cannot be saved with it")
         with contextlib.ExitStack() as undo:
             connection = undo.enter_context(link.Link(pid))
             connection.set_up(link.settings([(resuming.FREEZE, "1")]))
@@ -387,6 +415,38 @@ class Guest:
                 )
         tasks = resources.pids.limit if resources.pids is not None else None
         interior.limit(memory=limit, tasks=tasks)
+        if limit is not None and booted:
+            wanted = booted if limit <= 0 else min(booted, limit + KERNELS_OWN)
+            note(self._reports, "wanted", str(wanted))
+            self.boundary.resize(self._running(), self._cards(), wanted)
+
+    def _cards(self) -> int:
+        return int(noted(self._reports, "cards") or 0)
+
+    def wires(self) -> cards.Running:
+        """Its network cards; Conflict if it is paused, Unavailable if it does not run."""
+        pid = self._running()
+        return cards.Running(self._reports, pid, self.boundary.cards(pid, self._cards()))
+
+    def rewrite_files(self) -> None:
+        """Write the engine's files of /etc anew, as they are now; blocks."""
+        program = Program()
+        plan.plan_files(program, plan.engine_files(self.bundle.spec), self._base())
+        with link.Link(self._monitor()) as connection:
+            connection.set_up(program)
+
+    def _base(self) -> str:
+        return ""
+
+    def _monitor(self) -> int:
+        return self._running()
+
+    def given_back(self) -> int:
+        """Bytes of its memory that the guest has given back to the host; blocks."""
+        booted, wanted = (int(noted(self._reports, one) or 0) for one in ("memory", "wanted"))
+        if not wanted or wanted == booted:
+            return 0
+        return self.boundary.given_back(self._running(), self._cards(), booted)
 
     def stats(self) -> dict[str, Any]:
         """Usage of guest and monitor together, in the shape of Docker's statistics."""

@@ -285,6 +285,16 @@ class Member(Guest):
         values = [(f"{group}/{name}", value) for name, value in limits.items()]
         await asyncio.to_thread(inside.set, values)
 
+    def _base(self) -> str:
+        return pods.base(self.bundle.id)
+
+    def _monitor(self) -> int:
+        return self.within.pid
+
+    def given_back(self) -> int:
+        """Nothing: the memory is that of the guest's first workload."""
+        return 0
+
     def interior(self, *, shown: bool = False) -> Interior:
         """Files, processes and limits inside. Conflict if it is paused, Unavailable if it ended."""
         self._running()

@@ -6,6 +6,7 @@ netdevice(7), and the kernel's linux/route.h and linux/ipv6_route.h for the stru
 import errno
 import socket
 import struct
+from collections.abc import Mapping
 from ipaddress import (
     IPv4Interface,
     IPv4Network,
@@ -20,6 +21,7 @@ from bulkhead.linux.mounts import AT_FDCWD
 from bulkhead.linux.program import Blob, Patched, Program, Slot
 
 SIOCADDRT = 0x890B
+SIOCDELRT = 0x890C
 SIOCSIFFLAGS = 0x8914
 SIOCSIFADDR = 0x8916
 SIOCSIFNETMASK = 0x891C
@@ -72,6 +74,43 @@ def plan_interface(program: Program, nic: Nic, kernel_name: str) -> None:
     for network, gateway in routes:
         if isinstance(network, IPv4Network):
             _plan_route_v4(program, inet, name, network, gateway)
+    program.call("close", "close", inet)
+
+
+def plan_default(program: Program, gateways: Mapping[int, tuple[str, str]]) -> None:
+    """Let the default routes be these (by IP version: interface, gateway), and no others."""
+    inet = _socket(program, socket.AF_INET)
+    head = bytes(8) + _sockaddr(bytes(4)) + bytes(16) + _sockaddr(bytes(4))
+    nothing = (head + struct.pack("=H", _RTF_UP)).ljust(120, b"\0")
+    gone = (errno.ESRCH,)
+    for _ in range(2):
+        program.call("forget the default route", "ioctl", inet, SIOCDELRT, Blob(nothing), ok=gone)
+    if 4 in gateways:
+        name, gateway = gateways[4]
+        _plan_route_v4(program, inet, name, IPv4Network("0.0.0.0/0"), gateway)
+    program.call("close", "close", inet)
+    if 6 in gateways:
+        name, gateway = gateways[6]
+        inet6 = _socket(program, socket.AF_INET6, ok=_NO_IPV6)
+        with program.when(inet6):
+            empty = bytes(48) + struct.pack("=IHHIxxxxQIi", 0, 0, 0, 0, 0, 0, 0)
+            program.call("forget it", "ioctl", inet6, SIOCDELRT, Blob(empty), ok=gone)
+            program.call("close", "close", inet6)
+        _plan_v6(program, inet, name, [], [(IPv6Network("::/0"), gateway)])
+
+
+def plan_empty(program: Program, name: str, address: str, resolver: str) -> None:
+    """Leave interface `name` nothing but `address`, from which our resolver is asked.
+
+    It stays up: user-mode-linux lets go of a tap for ever when its card is taken down.
+    """
+    inet = _socket(program, socket.AF_INET)
+    nothing = _ifreq(name, _sockaddr(bytes(4)))
+    program.call(f"no address of {name}", "ioctl", inet, SIOCSIFADDR, nothing)
+    one = ip_interface(address)
+    assert isinstance(one, IPv4Interface)
+    _plan_addresses_v4(program, inet, name, [one])
+    _plan_route_v4(program, inet, name, IPv4Network(f"{resolver}/32"), "")
     program.call("close", "close", inet)
 
 
