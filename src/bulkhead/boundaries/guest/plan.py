@@ -532,8 +532,6 @@ def _mount(program: Program, device: str, path: str, fstype: str, flags: int) ->
     _directory(program, path)
     # Tables of inodes that were never used stay holes of the image.
     options = "noinit_itable" if fstype == "ext4" else None
-    # Tables of inodes that were never used stay holes of the image.
-    options = "noinit_itable" if fstype == "ext4" else None
     step = f"mount {fstype} {device} on {path}"
     program.call(step, "mount", device, path, fstype, flags, options)
 
