@@ -107,7 +107,7 @@ _FLAG = re.compile(r"^ {2,6}(?:-(?P<short>\w), )? *--(?P<long>[\w-]+)(?P<value> 
 _OURS_ALONE = frozenset(
     (
         "image bootstrap", "explain", "doctor", "serve", "completion", "system shutdown", "search",
-        "system reservations", "export-workload", "import-workload",
+        "system reservations", "export-workload", "import-workload", "move",
         "kernel add", "kernel ls", "kernel pull", "kernel rm",
         "builder df", "builder export", "builder import", "builder mounts", "registry serve",
         "fork", "restore", "snapshot", "snapshot ls", "snapshot rm", "compare",

@@ -235,7 +235,7 @@ class Engine:
             )
             for name, one in record.networks.items()
         }
-        return AttachRequest(
+        request = AttachRequest(
             workload_id=record.id,
             name=record.name,
             mode=host.network_mode,
@@ -253,6 +253,7 @@ class Engine:
             guest=record.boundary in registry.GUESTS,
             confined=confined(record),
         )
+        return workload.attaching(request) if workload.attaching is not None else request
 
     @staticmethod
     def attach_ports(host: body.HostConfig) -> dict[str, tuple[dict[str, str], ...]]:

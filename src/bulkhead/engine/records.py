@@ -7,7 +7,7 @@ loop; `Workload.lock` orders the operations of one workload.
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,6 +20,7 @@ from bulkhead.state.database import Database
 if TYPE_CHECKING:
     from bulkhead.boundary.seam import Bundle, Instance
     from bulkhead.engine.health import Prober
+    from bulkhead.network.model import AttachRequest
 
 UNKNOWN_EXIT = 255
 RUNNING = frozenset({"running", "paused", "restarting"})
@@ -91,6 +92,8 @@ class Record(msgspec.Struct, omit_defaults=True):
     """A step of a build: read when it has ended, then removed."""
     pinned: str = ""
     """Processors of its own, by a reservation of whole ones."""
+    moving: str = ""
+    """A move that is under way (engine/moving.py): "from ID", "to ID", or "gone"."""
     emulated: str = ""
     """The architecture of its programs, if it is another machine's."""
 
@@ -137,6 +140,8 @@ class Workload:
         self.health: dict[str, Any] | None = None
         self.execs: dict[str, Any] = {}
         self.settings: dict[str, Any] | None = None
+        self.attaching: Callable[[AttachRequest], AttachRequest] | None = None
+        """What a move makes of its next request to the network."""
         self.private: Sequence[str] = ()
         """Variables of its program that no record may have: secrets of a build."""
         self.attached = 0
@@ -269,6 +274,18 @@ class Workloads:
         workload.record.name = name
         self._names[name] = workload.id
         self.save(workload)
+
+    def exchange(self, one: Workload, other: Workload) -> None:
+        """Let each have the other's name; one commit."""
+        first, second = one.record, other.record
+        free, first.name, second.name = second.name, f"{second.name}.", first.name
+        with self._writing(durable=True):
+            for record in (first, second):  # at no time have two one name
+                self._put(record)
+            first.name = free
+            self._put(first)
+        for record in (first, second):
+            self._names[record.name] = record.id
 
     def discard(self, workload: Workload) -> None:
         """Forget it; the last step of its removal.

@@ -91,7 +91,7 @@ def portable(record: Record) -> tuple[body.Config, body.HostConfig]:
     if config.hostname == record.id[:12]:
         config.hostname = ""
     listed = [p for p in record.mounts if p.type_ != "tmpfs" and p not in plain]
-    mounts = [_mount(point) for point in listed]
+    mounts = [mount(point) for point in listed]
     kept = [one for one in record.host.mounts or () if one.type_ == "tmpfs"]
     host = msgspec.structs.replace(
         record.host,
@@ -106,19 +106,20 @@ def portable(record: Record) -> tuple[body.Config, body.HostConfig]:
     return config, host
 
 
-def _mount(point: MountPoint) -> body.Mount:
-    mount = body.Mount(target=point.destination, type_=point.type_, read_only=not point.rw)
+def mount(point: MountPoint) -> body.Mount:
+    """A mount as a request for the same."""
+    made = body.Mount(target=point.destination, type_=point.type_, read_only=not point.rw)
     if point.type_ == "volume":
-        mount.source = "" if point.anonymous else point.name
-        mount.volume_options = body.VolumeOptions(no_copy=point.no_copy, subpath=point.subpath)
+        made.source = "" if point.anonymous else point.name
+        made.volume_options = body.VolumeOptions(no_copy=point.no_copy, subpath=point.subpath)
     else:
-        mount.source = point.source
-        mount.bind_options = body.BindOptions(
+        made.source = point.source
+        made.bind_options = body.BindOptions(
             propagation=point.propagation,
             non_recursive=not point.recursive,
             create_mountpoint=point.create,
         )
-    return mount
+    return made
 
 
 def networks(record: Record) -> dict[str, body.EndpointSettings]:

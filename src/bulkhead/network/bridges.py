@@ -59,6 +59,8 @@ class Active:
     endpoints: dict[str, Endpoint] = field(default_factory=dict)
     idle_since: float = 0.0
     localnet: bool = False
+    shared: dict[str, int] = field(default_factory=dict)
+    """Addresses that pass from one workload to another, with how many have a part in them."""
 
     def gateway(self, version: int) -> str:
         """The bridge's address, "" if it has none of that version."""
@@ -78,13 +80,39 @@ class Active:
         """Know an endpoint of an earlier engine, whose addresses are held again."""
         self.endpoints[workload_id] = endpoint
         for text in (endpoint.ipv4, endpoint.ipv6):
-            if text:
+            if text and any(
+                text in (other.ipv4, other.ipv6)
+                for user, other in self.endpoints.items()
+                if user != workload_id
+            ):
+                self.share(text)
+            elif text:
                 self.pools[6 if ":" in text else 4].claim(ip_address(text))
+
+    def share(self, text: str) -> None:
+        """One more has a part in an address that is held."""
+        self.shared[text] = self.shared.get(text, 1) + 1
+
+    def claim(self, text: str) -> None:
+        """Hold a particular address, or take a part in it if it passes on."""
+        if text in self.shared:
+            self.share(text)
+        else:
+            self.pools[6 if ":" in text else 4].claim(ip_address(text))
+
+    def settle(self, text: str) -> None:
+        """It has passed on: give one part back; whoever is left has it alone."""
+        self.give(text)
+        if self.shared.get(text) == 1:
+            del self.shared[text]
 
     def give(self, *addresses: str) -> None:
         """Give addresses back; those that are "" are ignored."""
         for text in addresses:
-            if text:
+            if self.shared.get(text, 0) > 1:
+                self.shared[text] -= 1
+            elif text:
+                self.shared.pop(text, None)
                 self.pools[6 if ":" in text else 4].give(ip_address(text))
 
 

@@ -54,6 +54,7 @@ class Cable:
     gateways: tuple[str, ...]
     mtu: int
     bridge: int
+    """0: to none yet; the outer end is down."""
     isolated: bool = False
 
 
@@ -95,7 +96,8 @@ def plug(host: Netlink, bare: Bare, cable: Cable) -> None:
         peer_name=cable.name,
         peer_netns_fd=bare.netns.fileno(),
         peer_mac=rt.mac_bytes(cable.mac),
-        isolated=cable.isolated,
+        up=bool(cable.bridge),
+        isolated=cable.isolated and bool(cable.bridge),
     )
     host.transact(messages)
     try:

@@ -21,6 +21,7 @@ from bulkhead.network import doctor, files, host, inner, ports
 from bulkhead.network.attached import Attached, Records
 from bulkhead.network.bridges import DOCKER_EACH_S, Bridges, Endpoint
 from bulkhead.network.catalog import NO_FILTERS, Catalog, DocumentStore
+from bulkhead.network.handover import Handovers
 from bulkhead.network.helperlink import HelperLink
 from bulkhead.network.lobby import Lobby
 from bulkhead.network.model import Attachment, AttachRequest, EndpointRequest, Finding
@@ -53,6 +54,9 @@ class NetworkManager:
         self._attached: dict[str, Attached] = {}
         self._namespaces: dict[str, OwnedFd] = {}
         self._pids: dict[str, int] = {}
+        self.handovers = Handovers(
+            self._attached, self._pids, self._bridges, self._records, self._link, self._namespace
+        )
 
     # -- networks
 
@@ -79,8 +83,7 @@ class NetworkManager:
         self._catalog.remove(network)
 
     def inspect(self, ref: str, verbose: bool = False) -> dict[str, Any]:
-        """Docker's Network map, with the attached workloads."""
-        del verbose
+        """Docker's Network map, with the attached workloads; `verbose` says no more."""
         found = self._catalog.pseudo(ref)
         if found is not None:
             return found
@@ -253,8 +256,7 @@ class NetworkManager:
         undo.callback(self._bridges.unpublish, redirects)
 
     def _attachment(self, made: Attached, path: str | None) -> Attachment:
-        request = made.request
-        hostname = request.hostname
+        request, hostname = made.request, made.request.hostname
         if not hostname and made.kind != "host":
             hostname = request.workload_id[:12]
         hosts, resolv_conf = self.files(request.workload_id)
@@ -301,6 +303,8 @@ class NetworkManager:
 
     def release(self, workload_id: str) -> None:
         """The workload has ended, or never started: give everything back. Idempotent."""
+        if self.handovers.detained(workload_id):
+            return
         made = self._attached.pop(workload_id, None)
         if made is None:
             return

@@ -70,6 +70,8 @@ class AttachRequest:
     mac: str = ""
     guest: bool = False
     """A virtual machine's: network/tap.py will turn the namespace into a guest's."""
+    heir: str = ""
+    """The workload whose addresses it takes over; its cables wait (network/handover.py)."""
     confined: bool = False
     """It shares nothing with others and may not change its network (see network/reuse.py)."""
 

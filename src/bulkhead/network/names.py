@@ -4,9 +4,12 @@ An asker sees the names of workloads on networks it is on itself, and nothing of
 the default bridge are not indexed (as with Docker, only user-defined networks have names).
 """
 
+import re
 from collections.abc import Iterable
 from socket import AF_INET, AF_INET6, inet_pton
 from typing import Any
+
+_IDENTITY = re.compile(r"[0-9a-f]{64}")
 
 
 class Names:
@@ -19,12 +22,21 @@ class Names:
         """network -> address -> (workload, its first name)"""
         self._own: dict[str, dict[str, tuple[list[str], list[str]]]] = {}
         """workload -> network (in its own order) -> (names, addresses)"""
+        self._links: dict[str, dict[str, dict[str, str]]] = {}
+        """workload -> network -> what it alone calls another -> that one's name"""
 
     def put(self, workload: str, endpoints: Iterable[dict[str, Any]]) -> None:
-        """Know a workload by its endpoints (maps with network, network_name, ipv4, ipv6, names)."""
+        """Know a workload by its endpoints (maps with network, network_name, ipv4, ipv6, names).
+
+        A member `request` may have links: "name:alias" of others, for this workload alone.
+        """
         self.drop(workload)
         own: dict[str, tuple[list[str], list[str]]] = {}
         for endpoint in endpoints:
+            links = (endpoint.get("request") or {}).get("links") or ()
+            for name, _, alias in (str(one).lower().partition(":") for one in links):
+                known = self._links.setdefault(workload, {}).setdefault(endpoint["network"], {})
+                known[alias or name] = name[:12] if _IDENTITY.fullmatch(name) else name
             names = [str(name).lower() for name in endpoint.get("names") or ()]
             if not names:
                 continue
@@ -44,6 +56,7 @@ class Names:
 
     def drop(self, workload: str) -> None:
         """Know it no more."""
+        self._links.pop(workload, None)
         for network, (names, held) in self._own.pop(workload, {}).items():
             index, addresses = self._names[network], self._addresses[network]
             for name in names:
@@ -66,10 +79,17 @@ class Names:
         found = self._addresses.get(network, {}).get(address)
         return found[0] if found else None
 
-    def find(self, networks: Iterable[str], name: str) -> tuple[list[bytes], list[bytes]] | None:
-        """(IPv4, IPv6) addresses of a name on the first of the networks that has it, packed."""
+    def find(
+        self, networks: Iterable[str], name: str, asker: str = ""
+    ) -> tuple[list[bytes], list[bytes]] | None:
+        """(IPv4, IPv6) addresses of a name on the first of the networks that has it, packed.
+
+        `asker`: the workload that asks, whose links come first.
+        """
+        links = self._links.get(asker, {})
         for network in networks:
-            holders = self._names.get(network, {}).get(name)
+            wanted = links.get(network, {}).get(name, name) if links else name
+            holders = self._names.get(network, {}).get(wanted)
             if holders:
                 four = [inet_pton(AF_INET, one) for one, _ in holders.values() if one]
                 six = [inet_pton(AF_INET6, one) for _, one in holders.values() if one]

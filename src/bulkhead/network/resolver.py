@@ -129,8 +129,8 @@ class Resolver:
             if known is None:
                 reply(dns.answer(query, code=dns.REFUSED, stream=stream))
                 return
-            networks = self.names.networks(known)
-        local = self._local(query, networks, stream=stream)
+            workload, networks = known, self.names.networks(known)
+        local = self._local(query, workload, networks, stream=stream)
         if local is not None:
             reply(local)
             return
@@ -140,7 +140,9 @@ class Resolver:
             return
         Forward(self._loop, asker, query, message, servers, reply, stream, self._port)
 
-    def _local(self, query: dns.Query, networks: tuple[str, ...], *, stream: bool) -> bytes | None:
+    def _local(
+        self, query: dns.Query, workload: str, networks: tuple[str, ...], *, stream: bool
+    ) -> bytes | None:
         """The answer from our own names; None if the name is not ours to answer."""
         if query.kind == dns.PTR:
             address = dns.reverse_address(query.name)
@@ -152,7 +154,7 @@ class Resolver:
             except ValueError:
                 return dns.answer(query, code=dns.NXDOMAIN, stream=stream)
             return dns.answer(query, [(dns.PTR, data)], stream=stream)
-        found = self.names.find(networks, query.name)
+        found = self.names.find(networks, query.name, workload)
         if found is None:
             return None
         four, six = found

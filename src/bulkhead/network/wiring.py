@@ -69,6 +69,8 @@ class Wiring:
                 active.gateway(version) for version, one in routes.items() if one is active
             )
             cable = replace(cable, gateways=gateways)
+            if made.request.heir:
+                cable = replace(cable, bridge=0)
             plug(self._bridges.route, bare, cable)
             self._join(made, cable, active, asked, undo)
         return bare
@@ -180,10 +182,10 @@ class Wiring:
                 text = asked.ipv4 if version == 4 else asked.ipv6
                 if text:
                     address = parse_address(text, f"IPv{version} address")
-                    pool.claim(address)
+                    active.claim(str(address))
                 else:
                     address = pool.take()
-                undo.callback(pool.give, address)
+                undo.callback(active.give, str(address))
                 addresses.append(pool.interface(address))
             for version, text in ((4, asked.ipv4), (6, asked.ipv6)):
                 if text and version not in active.pools:
