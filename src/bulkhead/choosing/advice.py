@@ -5,7 +5,7 @@ The policy excludes too. If nothing is left, or facts deny each other, the needs
 boundary is named.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from bulkhead.choosing import rules
@@ -82,6 +82,28 @@ def advise(
     if changes and answer.boundary:
         answer.changes = _changes(facts, policy, answer.boundary)
     return answer
+
+
+def advise_here(
+    statements: Iterable[Statement],
+    policy: Policy,
+    kvm: Callable[[], Statement],
+    *,
+    changes: bool = True,
+) -> Advice:
+    """The same on this host: `kvm`, which takes its time, is asked only if it could matter."""
+    stated = list(statements)
+    answer = advise(stated, policy, changes=False)
+    if answer.boundary != "container" or _BY_KVM & set(answer.facts.values):
+        stated.append(kvm())
+        answer = advise(stated, policy, changes=False)
+    if changes and answer.boundary:
+        answer.changes = _changes(answer.facts, policy, answer.boundary)
+    return answer
+
+
+_BY_KVM = frozenset({"latency", "work"})
+"""Facts of which KVM decides what they mean for a container too."""
 
 
 def _needs(policy: Policy) -> list[Statement]:

@@ -1,11 +1,11 @@
 """`--boundary auto`: the same rules, for a workload that is being made, under the policy."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bulkhead.choosing import docker, policy
-from bulkhead.choosing.advice import Advice, Reason, advise, require
+from bulkhead.choosing.advice import Advice, Reason, advise_here, require
 from bulkhead.choosing.facts import HINT, Statement
 from bulkhead.choosing.items import statements
 from bulkhead.choosing.policy import BOUNDARIES
@@ -21,15 +21,17 @@ class Request:
     image: Mapping[str, Any]
     machine: str
     """The host's architecture."""
-    kvm: bool
+    kvm: Callable[[], bool]
+    """Whether the host has it; asked only if it matters."""
 
     def advice(self, rules: policy.Policy) -> Advice:
         """What the rules say."""
         item = docker.from_request("", self.config, {**self.host, "Runtime": ""})
         docker.add_image(item, self.image)
-        stated = statements(item, self.machine)
-        stated.append(Statement("kvm", "yes" if self.kvm else "no", HINT, "this host"))
-        return advise(stated, rules, changes=False)
+        return advise_here(statements(item, self.machine), rules, self._kvm, changes=False)
+
+    def _kvm(self) -> Statement:
+        return Statement("kvm", "yes" if self.kvm() else "no", HINT, "this host")
 
 
 def choose(rules: policy.Policy, request: Request) -> dict[str, Any]:

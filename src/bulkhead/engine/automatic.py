@@ -39,7 +39,7 @@ def settle(
     }
     facts = automatic.Request(
         asked, asked.get("HostConfig") or {}, shown, host_platform().architecture,
-        kvm=acceleration().name == "kvm",
+        kvm=lambda: acceleration().name == "kvm",
     )  # fmt: skip
     if wanted != AUTO:
         automatic.check(rules, wanted, facts)

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from bulkhead.choosing import costs, docker, facts, policy, runs, sources
-from bulkhead.choosing.advice import Advice, advise, flag
+from bulkhead.choosing.advice import Advice, advise_here, flag
 from bulkhead.choosing.facts import HINT, Statement, statement
 from bulkhead.choosing.items import Item, statements
 from bulkhead.choosing.words import read
@@ -18,13 +18,13 @@ from bulkhead.oci.platform import of_machine
 FACTS = tuple(name for name in facts.keys() if name != "kvm")  # noqa: SIM118 - a function
 
 
-def machine_statements() -> list[Statement]:
-    """What is known of this host without asking anybody."""
+def this_host() -> Statement:
+    """Whether this host has KVM, found out by trying."""
     from bulkhead.boundaries.vmm.acceleration import acceleration
 
     found = acceleration()
     why = f"this host: {found.reason}" if found.reason else "this host"
-    return [Statement("kvm", "yes" if found.name == "kvm" else "no", HINT, why)]
+    return Statement("kvm", "yes" if found.name == "kvm" else "no", HINT, why)
 
 
 def stated(parsed: Parsed) -> list[Statement]:
@@ -104,12 +104,8 @@ def _run(context: Context, parsed: Parsed) -> int:
     measured = costs.load(context.home)
     answers = []
     for item in items or [Item("", "need", "")]:
-        found = [
-            *statements(item, of_machine(os.uname().machine).architecture),
-            *given,
-            *machine_statements(),
-        ]
-        answers.append((item, advise(found, rules)))
+        found = [*statements(item, of_machine(os.uname().machine).architecture), *given]
+        answers.append((item, advise_here(found, rules, this_host)))
     if context.json or parsed["json"]:
         context.out(dump([as_json(item, one, measured) for item, one in answers]))
     else:

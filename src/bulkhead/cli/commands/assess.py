@@ -6,7 +6,7 @@ from bulkhead.choosing import costs, docker, policy, report, sources
 from bulkhead.choosing.items import Item
 from bulkhead.choosing.portfolio import assess
 from bulkhead.cli.command import Command, Context
-from bulkhead.cli.commands.advise import fact_options, machine_statements, stated
+from bulkhead.cli.commands.advise import fact_options, stated, this_host
 from bulkhead.cli.options import JSON, Option, Parsed, UsageError
 from bulkhead.cli.output import dump, table
 from bulkhead.errors import Invalid
@@ -35,7 +35,7 @@ def _run(context: Context, parsed: Parsed) -> int:
     items = _items(context, parsed)
     if not items:
         raise Invalid("nothing was found there: no Compose file, manifest, domain or disk")
-    given = [*stated(parsed), *machine_statements()]
+    given = [*stated(parsed), this_host()]
     machine = of_machine(os.uname().machine).architecture
     found = assess(items, given, policy.load(context.home), costs.load(context.home), machine)
     if parsed["html"]:
