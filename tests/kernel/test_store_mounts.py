@@ -476,7 +476,7 @@ def test_without_privileges(tmp_path: Path) -> None:
         [program, "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-c", UNPRIVILEGED,
          str(tmp_path)],
         cwd=root,
-        env={**os.environ, "PYTHONPATH": f"{root}/src:{root}"},
+        env={**os.environ, "PYTHONPATH": ":".join((f"{root}/src", str(root), *sys.path[1:]))},
         capture_output=True,
         text=True,
     )  # fmt: skip

@@ -10,8 +10,15 @@ for folder in /dev/shm /run /mnt; do mount -t tmpfs tmpfs $folder; done
 mkdir -p /mnt/exchange /mnt/repository
 mount -t hostfs none /mnt/exchange -o "$exchange"
 mount -t hostfs none /mnt/repository -o "$repository"
-# The checkout may lie below one of these.
-for folder in /tmp /var/tmp /var/lib; do mount -t tmpfs tmpfs $folder; done
+# The checkout may lie below one of these. They are on a disk: this kernel's tmpfs has no attributes.
+mknod /run/disk b 98 0
+mkdir /run/scratch
+mount -t ext4 /run/disk /run/scratch
+for folder in /tmp /var/tmp /var/lib; do
+    mkdir -p /run/scratch$folder
+    chmod 1777 /run/scratch$folder
+    mount --bind /run/scratch$folder $folder
+done
 # modules.dep lists all that a module needs, what is needed first last.
 load() {
     for path in $(sed -n "s,^\(\S*/$1\.ko\): *\(.*\),\1 \2,p" modules.dep | tr ' ' '\n' | tac); do
