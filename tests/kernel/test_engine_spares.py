@@ -97,11 +97,15 @@ def test_a_workload_with_rm_can_be_restarted(rig: Rig) -> None:
     _run(rig)
     identity = _create(rig, "sh", "-c", "echo x >> /kept; sleep 3600", AutoRemove=True)
     rig.call("workload.start", id=identity)
-    rig.call("workload.restart", id=identity, timeout_s=0)
-    until(
-        lambda: rigs.execute(rig, identity, ["cat", "/kept"]) == (0, b"x\nx\n"),
-        "it has run twice",
-    )
+    for times in (1, 2):
+        until(
+            lambda lines=b"x\n" * times: (  # type: ignore[misc]
+                rigs.execute(rig, identity, ["cat", "/kept"]) == (0, lines)
+            ),
+            "it has run so often",
+        )
+        if times == 1:
+            rig.call("workload.restart", id=identity, timeout_s=0)
     rig.call("workload.remove", id=identity, force=True)
 
 

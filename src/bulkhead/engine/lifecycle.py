@@ -14,9 +14,9 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from bulkhead.boundary.seam import Disposable, Instance, Launched, Measured, Secluded
+from bulkhead.boundary.seam import Disposable, Instance, Launched, Measured, Secluded, implements
 from bulkhead.engine import announcing, guests, launching, parents, restart
 from bulkhead.engine.launching import Start
 from bulkhead.engine.records import UNKNOWN_EXIT, Workload
@@ -51,7 +51,8 @@ def attributes(workload: Workload, **more: object) -> dict[str, str]:
 
 def _oom_kills(instance: object) -> int:
     """How many processes of an instance were killed for want of memory."""
-    return instance.oom_kills() if isinstance(instance, Measured) else 0
+    measured = implements(instance, Measured)
+    return cast(Measured, instance).oom_kills() if measured else 0
 
 
 def _dispose(instance: Disposable, paths: Sequence[str]) -> None:
@@ -231,12 +232,14 @@ class Lifecycle:
         record.finished_ns = finished_ns
         if status is None:
             record.error = "exit code unknown: the process's parent was killed"
-        instance: object = workload.instance
-        if isinstance(instance, Secluded) and (failure := instance.failure()):
+        guest: Secluded | None = None
+        if implements(workload.instance, Secluded):
+            guest = cast(Secluded, workload.instance)
+        if guest is not None and (failure := guest.failure()):
             record.error = f"the guest failed: {failure}"
         if kills > 0:
             record.oom_killed = True
-            inside = instance.inside_kills() if isinstance(instance, Secluded) else 0
+            inside = guest.inside_kills() if guest is not None else 0
             record.oom_text = (
                 guests.explain_oom(record, inside) if inside else self._engine.explain_oom(record)
             )
@@ -280,8 +283,8 @@ class Lifecycle:
 
     async def _delete(self, workload: Workload, instance: Instance, *, erase: bool) -> None:
         """In the janitor's thread if nothing lives on in it, as is usual."""
-        disposable: object = instance
-        if isinstance(disposable, Disposable):
+        if implements(instance, Disposable):
+            disposable = cast(Disposable, instance)
             paths = self._engine.removal.paths(workload) if erase else ()
             with contextlib.suppress(Conflict):
                 await self._engine.janitor.submit(functools.partial(_dispose, disposable, paths))

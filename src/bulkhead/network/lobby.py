@@ -177,7 +177,8 @@ class Lobby:
         ordered = list(self._ordered)
         if cable is not None:
             waiting = len(self._wired) + sum(one is not None for one in ordered)
-            orders += [cable() for _ in range(self._want_wired - waiting)]
+            # A quarter of the places is for what is put back.
+            orders += [cable() for _ in range(self._want_wired - self._want_wired // 4 - waiting)]
         orders += [None] * (self._want_bare - len(self._bare) - ordered.count(None))
         if not orders:
             return None
