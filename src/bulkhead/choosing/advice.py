@@ -177,6 +177,8 @@ def _decide(facts: Facts, policy: Policy) -> Advice:
     answer.warnings = [
         f"{why.rule}: {why.limits}" for why in reasons if why.limits and why in answer.why
     ]
+    if answer.boundary == "container" and "trust" not in facts.values:
+        answer.warnings.append("nobody said whose code it is: for untrusted code it is too little")
     if facts.value("kvm") == "no" and answer.boundary in HARDWARE:
         answer.warnings.append(
             "this host has no KVM: the guest's processor is emulated, which is slower, and its "

@@ -31,6 +31,8 @@ _AUXILIARIES = frozenset(
     )
 )
 _GAP = 3
+_SAFE = ("trust=", "tenancy=")
+"""What a negation behind it does not take back."""
 _SENTENCE = re.compile(r"[.;:!?](?:\s|$)|\n\s*\n|—|–")
 _WORD = re.compile(r",|/?[a-z0-9][a-z0-9/._+#]*|/[a-z0-9][a-z0-9/._-]*")
 _SHORT = (
@@ -171,6 +173,8 @@ def _negated(entry: Entry, line: str, match: re.Match[str]) -> bool:
         return True
     if _NEGATORS.intersection(match.group().split()) - entry.negators:
         return True
+    if not entry.denied and entry.says.startswith(_SAFE):
+        return False  # "customers' code must not…" speaks of customers' code
     after = line[match.end() :].split()[:4]
     for at, word in enumerate(after):
         if word in ("not", "never", "unnecessary", "irrelevant", "absent", "unneeded"):
