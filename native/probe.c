@@ -1,8 +1,9 @@
 /* The measuring program of `bulkhead compare`: static, so that it runs in any root file system.
  *
  *   bulkhead-probe first              one byte on standard output, then the end
- *   bulkhead-probe idle               wait until a SIGTERM
+ *   bulkhead-probe idle               one line on standard output, then wait for a SIGTERM
  *   bulkhead-probe serve PORT         a server for readiness, round trips and throughput (below)
+ *   bulkhead-probe later S PORT       the same server, and after S seconds what `calls` does
  *   bulkhead-probe calls|cpu|memory   JSON on one line: nanoseconds per call, ms, MB/s
  *   bulkhead-probe disk DIRECTORY     JSON: MB/s of a sequential file, microseconds of a small fsync
  *   bulkhead-probe beat SECONDS       JSON: how long equal pieces of work took, in microseconds
@@ -22,6 +23,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -265,8 +267,10 @@ static _Noreturn int hog(const char *kind, const char *where, int count) {
         pid_t child = fork();
         if (child < 0)
             die("fork");
-        if (child == 0)
+        if (child == 0) {
+            prctl(PR_SET_PDEATHSIG, SIGKILL);
             break;
+        }
     }
     if (strcmp(kind, "disk") == 0)
         hog_disk(where);
@@ -331,6 +335,22 @@ static _Noreturn int serve(int port) {
     }
 }
 
+/* Something to watch: it serves, and after a while it calls. */
+static _Noreturn int later(double seconds, int port) {
+    struct timespec rest = {(time_t)seconds, 0};
+    pid_t child = fork();
+    if (child < 0)
+        die("fork");
+    if (child == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        serve(port);
+    }
+    nanosleep(&rest, NULL);
+    calls();
+    for (;;)
+        pause();
+}
+
 static void stop(int number) {
     (void)number;
     _exit(0);
@@ -344,7 +364,7 @@ int main(int argc, char **argv) {
     signal(SIGPIPE, SIG_IGN);
     if (strcmp(what, "first") == 0)
         return write(1, "1\n", 2) == 2 ? 0 : 1;
-    if (strcmp(what, "idle") == 0)
+    if (strcmp(what, "idle") == 0 && write(1, "1\n", 2) == 2)
         for (;;)
             pause();
     if (strcmp(what, "calls") == 0)
@@ -361,6 +381,9 @@ int main(int argc, char **argv) {
         return hog(argv[2], argv[3], atoi(argv[4]));
     if (strcmp(what, "serve") == 0 && argc == 3)
         return serve(atoi(argv[2]));
-    dprintf(2, "usage: bulkhead-probe first|idle|calls|cpu|memory|disk DIR|beat S|hog KIND DIR N|serve PORT\n");
+    if (strcmp(what, "later") == 0 && argc == 4)
+        return later(atof(argv[2]), atoi(argv[3]));
+    dprintf(2, "usage: bulkhead-probe first|idle|calls|cpu|memory|disk DIR|beat S|hog KIND DIR N|"
+               "serve PORT|later S PORT\n");
     return 2;
 }

@@ -19,7 +19,7 @@ FLOORS: dict[str, int] = {
     "build": 7, "depot": 7, "machines": 7,
     "choosing": 8,
     "engine": 9,
-    "api": 10, "client": 10, "runtime": 10, "cli": 11,
+    "api": 10, "client": 10, "runtime": 10, "comparing": 11, "cli": 12,
 }  # fmt: skip
 """DESIGN's floors; images stands on store and registry, cli on client."""
 

@@ -1,0 +1,1 @@
+"""`bulkhead compare`: what each boundary and its peers cost on this host, measured."""
