@@ -67,7 +67,8 @@ services:
   api:
     image: busybox
     init: true
-    command: ["sh", "-c", "mkdir /w; wget -qO /w/index.html http://db:5432/value; httpd -f -h /w"]
+    command: ["sh", "-c", "mkdir /w; wget -qO /w/index.html http://store:5432/value; httpd -fh /w"]
+    links: ["db:store"]
     depends_on: {{seed: {{condition: service_completed_successfully}}}}
     healthcheck: {{test: ["CMD", "wget", "-qO-", "http://127.0.0.1/"], {HEALTH}}}
     networks: [back]

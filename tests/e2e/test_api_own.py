@@ -172,6 +172,38 @@ def test_builds(here: Api) -> None:
     assert ask(here, "POST", "/build?version=2")[0] == 501
 
 
+def test_links(here: Api) -> None:
+    here.cli("run", "-d", "--name", "linked", "busybox", "sleep", "1000").ok()
+    script = "grep -c other /etc/hosts; ping -c1 other >/dev/null && echo seen"
+    link = ("--name", "linker", "--link", "linked:other")
+    said = here.cli("run", *link, "busybox", "sh", "-c", script).ok()
+    assert said.out == "1\nseen\n"
+    shown = here.cli("inspect", "-f", "{{json .HostConfig.Links}}", "linker").ok()
+    assert shown.out == '["/linked:/linker/other"]\n'
+    done = here.cli("run", "--rm", "--link", "nope", "busybox", "true")
+    assert "could not get container for nope: No such container: nope" in done.err
+    body = {"Image": "busybox", "HostConfig": {"NetworkMode": "host", "Links": ["linked"]}}
+    status, answer = ask(here, "POST", "/containers/create", body)
+    assert (status, "can't be used with links" in answer["message"]) == (400, True)
+    here.cli("rm", "-f", "linked").ok()
+    here.cli("create", "--name", "linked", "busybox", "true").ok()
+    done = here.cli("start", "linker")
+    assert "Cannot link to a non running container: /linked AS /linker/other" in done.err
+    here.cli("rm", "linked", "linker").ok()
+    # On a network of one's own a link is a name that only the linking one has.
+    here.cli("network", "create", "mine").ok()
+    try:
+        for name in ("one", "two"):
+            here.cli("run", "-d", "--name", name, "--network", "mine", "--link", "one:own",
+                     "busybox", "sleep", "1000").ok()  # fmt: skip
+        here.cli("run", "-d", "--name", "three", "--network", "mine", "busybox", "sleep", "9").ok()
+        here.cli("exec", "two", "ping", "-c1", "-W9", "own").ok()
+        assert here.cli("exec", "three", "nslookup", "own").code == 1
+    finally:
+        here.cli("rm", "-f", "one", "two", "three").ok()
+        here.cli("network", "rm", "mine").ok()
+
+
 def test_networks_that_cannot_be(here: Api) -> None:
     for body, said in (
         ({"IPAM": {"Options": [None]}}, "invalid JSON"),

@@ -79,6 +79,22 @@ def test_dropped_workload_is_forgotten() -> None:
     assert names.reverse(["n1"], "10.0.0.2") is None
 
 
+def test_links_are_names_for_one_alone() -> None:
+    names = Names()
+    identity = "ab" * 32
+    names.put("web", [WEB])
+    names.put(identity, [{**WEB, "names": ["db", identity[:12]], "ipv4": "10.0.0.5", "ipv6": ""}])
+    links = ["DB:Store", f"{identity}:other", "web", "db:web"]
+    names.put("asker", [{**WEB, "names": ["asker"], "request": {"links": links}}])
+    db = ([bytes([10, 0, 0, 5])], [])
+    for name in ("store", "other", "web", "db"):
+        assert names.find(["n1"], name, "asker") == db
+    assert names.find(["n1"], "store") is None
+    assert names.find(["n1"], "store", "web") is None
+    names.drop("asker")
+    assert names.find(["n1"], "store", "asker") is None
+
+
 def test_many_addresses_are_truncated_for_datagrams_only() -> None:
     names = Names()
     for number in range(100):

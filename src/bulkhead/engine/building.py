@@ -233,7 +233,7 @@ class Building:
             if job.binds:
                 self._points[workload.id] = points
             async with engine.processes.keeper.attaching(
-                workload.id, stdout=out.write, stderr=err.write
+                workload.id, stdout=out.write, stderr=err.write, returns=False
             ) as attached:
                 workload.attachment = attached
                 await engine.lifecycle.start(workload)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from bulkhead.boundary import registry
 from bulkhead.boundary.seam import Boundary, Rootfs
 from bulkhead.depot import links
-from bulkhead.engine import body, names, recovery, snapshots, users
+from bulkhead.engine import body, linking, names, recovery, snapshots, users
 from bulkhead.engine.building import Building
 from bulkhead.engine.confinement import confined
 from bulkhead.engine.control import Control
@@ -248,7 +248,11 @@ class Engine:
             dns=tuple(host.dns or ()),
             dns_search=tuple(host.dns_search or ()),
             dns_options=tuple(host.dns_options or ()),
-            extra_hosts=tuple(host.extra_hosts or ()),
+            # Of one that runs the file is written already.
+            extra_hosts=(
+                *(host.extra_hosts or ()),
+                *(() if workload.running else linking.hosts(self, record)),
+            ),
             mac=config.mac_address or "",
             guest=record.boundary in registry.GUESTS,
             confined=confined(record),

@@ -11,6 +11,7 @@ from bulkhead.engine import (
     body,
     emulation,
     guests,
+    linking,
     merge,
     mountpoints,
     names,
@@ -149,6 +150,7 @@ def _record(engine: "Engine", request: body.CreateBody, image: Image, boundary: 
             capabilities.normalize(word, label)
     security.parse(host.security_opt or [])
     _references(engine, host, boundary)
+    linking.settle(engine, host)
     if host.userns_mode == "auto":
         host.userns_mode = _free_ids(engine)
     identity = engine.take_id()

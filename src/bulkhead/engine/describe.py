@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from bulkhead.engine import body, filters, guests, stdio
+from bulkhead.engine import body, filters, guests, linking, stdio
 from bulkhead.engine.health import Health, moment
 from bulkhead.engine.records import MountPoint, Record, Workload
 from bulkhead.errors import BulkheadError, Invalid, NotFound
@@ -122,6 +122,7 @@ def _config(record: Record) -> dict[str, Any]:
 
 def _host(record: Record) -> dict[str, Any]:
     host: dict[str, Any] = msgspec.to_builtins(record.host)
+    host["Links"] = linking.shown(record)
     for name in ("ReserveCpus", "ReserveMemory", "ReserveIo"):  # ours: shown if they are set
         if not host[name]:
             del host[name]

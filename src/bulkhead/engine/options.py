@@ -4,6 +4,7 @@ Each `check_*` raises Invalid with one line; `validate` runs all and returns the
 that are ignored here and worth saying.
 """
 
+import ipaddress
 import os
 import re
 
@@ -83,6 +84,8 @@ def _memory(r: body.Resources, warnings: list[str]) -> None:
         )
     if r.kernel_memory > 0:
         warnings.append("Specifying a kernel memory limit is no longer supported; it is ignored.")
+    if r.kernel_memory_tcp > 0:
+        warnings.append("Specifying a kernel TCP memory limit is not supported; it is ignored.")
     if r.oom_kill_disable and not r.memory:
         warnings.append(
             "OOM killer is disabled for the container, but no memory limit is set, "
@@ -253,6 +256,11 @@ def _network(config: body.CreateBody, host: body.HostConfig, warnings: list[str]
         warnings.append("Published ports are discarded when using host network mode")
     if host.uts_mode == "host" and (config.hostname or config.domainname):
         raise Invalid("conflicting options: hostname and the UTS mode")
+    for server in host.dns or ():
+        try:
+            ipaddress.ip_address(server)
+        except ValueError:
+            raise Invalid(f"bad nameserver address: {server}") from None
     for entry in host.extra_hosts or ():
         name, separator, address = re.sub("=", ":", entry, count=1).partition(":")
         if not separator or not name or not address:
