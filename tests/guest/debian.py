@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.guest import job
+from tests.helpers import criu, packages
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bulkhead-tests"
 SUITE = "bookworm"
@@ -306,10 +307,12 @@ def _checkout(tests: Sequence[str], folder: Path, timeout_s: int, before: str) -
     busybox = shutil.which("busybox")
     assert busybox is not None
     shutil.copy(busybox, stage / "busybox")  # the container tests' whole image
+    with contextlib.suppress(packages.NoPackages):
+        shutil.copytree(criu.tree() / "usr", stage / "criu/usr", symlinks=True)
     before = f"ln -sf /run/host/busybox /usr/bin/busybox\n{before}"
     text = job.script(tests, "/usr/bin/python3", "/run/exchange", timeout_s)
     (stage / "job.sh").write_text(before + text)
-    _image(stage, folder / "checkout.ext4", mib=96)
+    _image(stage, folder / "checkout.ext4", mib=160)
     return folder / "checkout.ext4"
 
 
