@@ -114,7 +114,7 @@ def lists(rig: "Rig") -> "Result":
 
 def logs(rig: "Rig") -> "Result":
     """Lines a second through `docker run` of a chatty container; every one must arrive."""
-    command = ["seq", str(FIRST_LINE), str(FIRST_LINE + LINES - 1)]
+    command = ["busybox", "seq", str(FIRST_LINE), str(FIRST_LINE + LINES - 1)]
 
     def once(host: str) -> float:
         start = time.perf_counter()

@@ -234,6 +234,26 @@ def test_docker_logs_in_with_tokens(here: Api, tmp_path: Path) -> None:
         assert here.cli("pull", name).code == 1
 
 
+def test_builds_pull_with_the_credentials_of_their_client(here: Api, tmp_path: Path) -> None:
+    with registry(tmp_path / "registry", auth="basic") as running:
+        name = f"{running.host}/base:1"
+        here.cli("login", "-u", USER, "-p", PASSWORD, running.host).ok()
+        here.cli("tag", "busybox", name).ok()
+        here.cli("push", name).ok()
+        here.cli("rmi", name).ok()
+        dockerfile = f"FROM {name}\nRUN echo made > /x\n".encode()
+        here.cli("build", "-t", "from-private", "-", stdin=dockerfile).ok()
+        assert here.cli("run", "--rm", "from-private", "cat", "/x").ok().out == "made\n"
+        here.cli("rmi", "from-private").ok()
+        with here.client() as client:
+            if name in {tag for image in client.images.list() for tag in image.tags}:
+                here.cli("rmi", name).ok()
+        here.cli("logout", running.host).ok()
+        refused = here.cli("build", "--no-cache", "-", stdin=dockerfile)
+        assert refused.code != 0
+        assert "denied" in refused.err.lower() or "authentication" in refused.err.lower()
+
+
 COLLECTION = Path("/usr/lib/python3/dist-packages/ansible_collections/community/docker")
 PLAYBOOK = """
 - hosts: localhost
