@@ -1,5 +1,6 @@
 """`move`: a workload goes behind another boundary and back, under load; failures go back."""
 
+import contextlib
 import http.client
 import os
 import shutil
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from bulkhead.errors import BulkheadError
+from bulkhead import Client
+from bulkhead.errors import BulkheadError, Invalid
 from tests.guest.test_conformance import _unusable
 from tests.guest.test_shows_data import DATABASE, IMAGE, PACKAGES
 from tests.helpers import engine_rig as rigs
@@ -206,7 +208,6 @@ def test_a_database_moves_without_a_lost_row(rig: Rig) -> None:
         ("create", "kernel of its own", {}, {"PidMode": "host"}, {}),
         ("start", "ended", {}, {}, {}),
         ("ready", "not ready after", {"Healthcheck": CHECK}, {}, {"timeout_s": 1.0}),
-        ("stopped", "ended", {}, {"Binds": ["lines:/data"]}, {}),
         ("stopped-ready", "not ready after", {"Healthcheck": CHECK},
          {"Binds": ["lines:/data"]}, {"timeout_s": 1.0}),
     ],
@@ -245,3 +246,50 @@ def test_a_failure_goes_back(
 
 def _images(rig: Rig) -> list[str]:
     return sorted(one["Id"] for one in rig.call("image.list", all=True))
+
+
+def test_one_that_does_not_run_moves_at_once(rig: Rig) -> None:
+    image = {"Image": rigs.IMAGE, "Volumes": {"/anonymous": {}}}
+    rigs.start(rig, "still", "echo kept > /kept; echo $HOSTNAME > /anonymous/name", image)
+    until(lambda: not rigs.state(rig, "still")["Running"], "it has ended")
+    with Client(root=str(rig.root), run=str(rig.run), start_engine=False) as client:
+        still = client.containers.get("still")
+        before = still.inspect().raw
+        moved = still.move("microvm")
+        assert (moved.name, moved.boundary, moved.way) == ("still", "microvm", "stopped")
+        after = still.inspect().raw
+        assert after["Mounts"] == before["Mounts"] and after["Id"] == moved.id != before["Id"]
+        still.move("container")
+        assert _names(rig) == ["/still"]
+        assert b"kept\n" in client.containers.get("still").get_archive("/kept")
+        with pytest.raises(Invalid, match="already"):
+            still.move("container")
+        still.remove(volumes=True)
+
+
+def test_an_engine_that_is_killed_in_between_goes_back(rig: Rig) -> None:
+    ours = os.uname().release
+    script = f'[ "$(uname -r)" = {ours} ] || sleep 1000; exec httpd -f -p 80 -h /tmp'
+    identity = rigs.start(
+        rig, "torn", script, {"Healthcheck": CHECK}, NetworkMode="site", Binds=["torn:/data"]
+    )
+    place = _place(rig, "torn")
+    mover = threading.Thread(target=_torn, args=(rig,))
+    mover.start()
+    until(lambda: not rigs.state(rig, identity)["Running"], "the old one is stopped", 300)
+    rig.kill()
+    mover.join()
+    rig.start()
+    try:
+        until(lambda: rigs.state(rig, "torn")["Running"], "the old one runs again", 120)
+        assert rig.call("workload.inspect", id="torn")["Id"] == identity
+        until(lambda: _names(rig) == ["/torn"], "nothing else is left", 120)
+        assert _place(rig, "torn")[0] == place[0]
+    finally:
+        rig.call("workload.remove", id="torn", force=True)
+        rig.call("volume.remove", name="torn")
+
+
+def _torn(rig: Rig) -> None:
+    with contextlib.suppress(BulkheadError, OSError, EOFError), rigs.Rpc(rig.socket) as rpc:
+        rpc.call("workload.move", id="torn", to="microvm", timeout_s=300.0)

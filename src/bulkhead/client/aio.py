@@ -18,6 +18,7 @@ from bulkhead.client.models import (
     Event,
     ImageInfo,
     ImageSummary,
+    Moved,
     NetworkInfo,
     Outcome,
     VolumeInfo,
@@ -181,6 +182,18 @@ class AsyncContainer:
     async def rename(self, name: str) -> None:
         """Give it another name."""
         await self._client.do(self.sync.rename, name)
+
+    async def move(
+        self, to: str, *, kernel: str = "", timeout_s: float = 60.0, drain_s: float = 10.0,
+        stop_first: bool = False,
+    ) -> Moved:  # fmt: skip
+        """Put it behind another boundary; it has another `id` then."""
+        found = await self._client.do(
+            self.sync.move, to, kernel=kernel, timeout_s=timeout_s, drain_s=drain_s,
+            stop_first=stop_first,
+        )  # fmt: skip
+        self.id = found.id
+        return found
 
     async def remove(self, *, force: bool = False, volumes: bool = False) -> None:
         """Remove it; a running one only by `force`."""

@@ -36,6 +36,22 @@ class ContainerInfo(_Model):
     raw: dict[str, Any] = msgspec.field(default_factory=dict, name="raw")
 
 
+class Moved(_Model):
+    """What a `move` came to; seconds.
+
+    `way`: "ready first", "stopped first" or "stopped"; `gap`: nobody answered; `held`: new
+    connections waited; `cut`: some had not ended in time.
+    """
+
+    id: str
+    name: str
+    boundary: str
+    way: str
+    gap: float = 0.0
+    held: float = 0.0
+    cut: bool = False
+
+
 class ContainerSummary(_Model):
     """A container, from `list`."""
 

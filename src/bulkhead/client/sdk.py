@@ -26,6 +26,7 @@ from bulkhead.client.models import (
     Event,
     ImageInfo,
     ImageSummary,
+    Moved,
     NetworkInfo,
     Outcome,
     VolumeInfo,
@@ -298,6 +299,16 @@ class Container:
     def rename(self, name: str) -> None:
         """Give it another name."""
         self._call("workload.rename", name=name)
+
+    def move(
+        self, to: str, *, kernel: str = "", timeout_s: float = 60.0, drain_s: float = 10.0,
+        stop_first: bool = False,
+    ) -> Moved:  # fmt: skip
+        """Put it behind another boundary; it has another `id` then."""
+        found = typed(Moved, self._call("workload.move", to=to, kernel=kernel, timeout_s=timeout_s,
+                                        drain_s=drain_s, stop_first=stop_first))  # fmt: skip
+        self.id = found.id
+        return found
 
     def remove(self, *, force: bool = False, volumes: bool = False) -> None:
         """Remove it; a running one only by `force`; `volumes`: its anonymous ones too."""
