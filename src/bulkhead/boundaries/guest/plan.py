@@ -66,6 +66,9 @@ JOINED = frozenset({"pid", "ipc"})
 _JOINING = ("ns-pid", "ns-ipc")
 _DEVICES = frozenset({"/dev/fuse", "/dev/net/tun", "/dev/kmsg"})
 _filters = FilterCache(None)
+_LAZY = "noinit_itable,no_prefetch_block_bitmaps"
+"""ext4(5), Linux 5.13: tables of inodes that were never used stay holes of the image, and what is
+free is looked up when something is written."""
 _replace = msgspec.structs.replace
 
 
@@ -530,8 +533,7 @@ def _directory(program: Program, path: str, mode: int = 0o755) -> None:
 
 def _mount(program: Program, device: str, path: str, fstype: str, flags: int) -> None:
     _directory(program, path)
-    # Tables of inodes that were never used stay holes of the image.
-    options = "noinit_itable" if fstype == "ext4" else None
+    options = _LAZY if fstype == "ext4" else None
     step = f"mount {fstype} {device} on {path}"
     program.call(step, "mount", device, path, fstype, flags, options)
 
