@@ -18,6 +18,7 @@ from bulkhead.engine import (
     options,
     platforms,
     security,
+    tenants,
 )
 from bulkhead.engine.records import MountPoint, Record, Workload
 from bulkhead.errors import Invalid, NotFound
@@ -84,6 +85,7 @@ def _checked(
     if image is None and not request.image:
         raise Invalid("No image was specified")
     image = image or engine.images.resolve(request.image)
+    named = named or tenants.boundary(engine, request)
     kind, chosen = automatic.settle(engine, named, request, image)
     if chosen is not None:
         warnings = options.validate(request, guest=kind in registry.GUESTS)
@@ -92,6 +94,7 @@ def _checked(
     record.kernel = kernel
     record.chosen = chosen
     guests.check(record)
+    tenants.check(engine, record)
     warnings += emulation.choose(record, image, asked=bool(request.platform))
     engine.reservations.check_processors(record)
     record.name = _name(engine, name)

@@ -4,7 +4,7 @@ import contextlib
 import os
 from typing import Any
 
-from bulkhead.engine import body, vm_shape, vm_snapshots, vms
+from bulkhead.engine import body, tenants, vm_shape, vm_snapshots, vms
 from bulkhead.engine.calls import Call, Nothing, Params, Table
 from bulkhead.engine.core import Engine
 from bulkhead.engine.describe import inspect as describe_workload
@@ -108,6 +108,7 @@ class Inside(One, frozen=True):
     tty: bool = False
     rows: int = 0
     columns: int = 0
+    tenant: str = ""
 
 
 class Named(Params, frozen=True):
@@ -313,6 +314,7 @@ async def reset(engine: Engine, params: One, call: Call) -> dict[str, Any]:
 async def run_inside(engine: Engine, params: Inside, call: Call) -> dict[str, int]:
     """Run `bulkhead ARGV` by the engine in a machine."""
     workload = _machine(engine, params.id)
+    tenants.admit(engine, workload.record.name, params.tenant, params.argv)
     with contextlib.ExitStack() as undo:
         fds = [undo.enter_context(call.take_fd(f"stream {number}")) for number in range(3)]
         code = await engine.inside.run(

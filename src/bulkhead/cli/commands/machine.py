@@ -42,10 +42,17 @@ def run(context: Context, parsed: Parsed) -> int:
 
 
 def inside(
-    context: Context, name: str, argv: Sequence[str], *, fds: tuple[int, int, int] = (0, 1, 2)
+    context: Context,
+    name: str,
+    argv: Sequence[str],
+    *,
+    fds: tuple[int, int, int] = (0, 1, 2),
+    tenant: str = "",
 ) -> int:
-    """Run `bulkhead ARGV` by the engine of machine `name`; its exit code."""
+    """Run `bulkhead ARGV` by the engine of machine `name`, for `tenant`; its exit code."""
     params: dict[str, Any] = {"id": name, "argv": list(argv)}
+    if tenant:
+        params["tenant"] = tenant
     sys.stdout.flush()
     if fds == (0, 1, 2) and os.isatty(0) and os.isatty(1):
         from bulkhead.cli.terminal import raw, size
@@ -107,7 +114,8 @@ def run_image(context: Context, name: str, word: str, parsed: Parsed) -> int:
     if ports:
         _publish(context, name, ports)
     given = len(parsed.words) - len(parsed.args)
-    return inside(context, name, [word, *_without(parsed.words[:given]), *parsed.words[given:]])
+    words = [word, *_without(parsed.words[:given]), *parsed.words[given:]]
+    return inside(context, name, words, tenant=parsed["tenant"] or "")
 
 
 def _without(options: Sequence[str]) -> list[str]:

@@ -53,6 +53,8 @@ def _request(context: Context, parsed: Parsed) -> dict[str, Any]:
         params["boundary"] = boundary
     if parsed["kernel"]:
         params["kernel"] = parsed["kernel"]
+    if parsed["tenant"]:
+        params["body"]["Labels"]["bulkhead.tenant"] = parsed["tenant"]
     cidfile = parsed["cidfile"]
     if cidfile and os.path.lexists(cidfile):
         raise Conflict(f"container ID file found, make sure the other container isn't running "
