@@ -54,6 +54,8 @@ _NOT_IN_GVISOR = {
     "test_too_many_tasks_are_refused": "--pids-limit counts the host's threads, not its tasks",
     "test_its_processes_are_listed": "its processes are its own: top is refused",
     "test_a_privileged_one_may_mount": "--privileged is refused",
+    "test_networks_change_while_it_runs": "its interfaces are those of its start",
+    "test_several_share_network_processes_and_memory": "a kernel of its own for each workload",
     "test_what_the_host_changes_is_seen": "what it has cached of a file may be seen beside the new",
 }
 ON_A_PC = frozenset({
@@ -64,7 +66,13 @@ ON_A_PC = frozenset({
 })  # fmt: skip
 """Rows that another machine could change: run on vm always, the others with EVERYTHING."""
 EVERYTHING = os.environ.get("BULKHEAD_CONFORMANCE") == "all"
-BLANKS = {(GVISOR, test): f"gVisor: {reason}" for test, reason in _NOT_IN_GVISOR.items()}
+_NOT_ON_A_PC = {
+    "test_networks_change_while_it_runs": "its cards are those of its start",
+    "test_several_share_network_processes_and_memory": "its disks are those of its start",
+}
+BLANKS = {(GVISOR, test): f"gVisor: {reason}" for test, reason in _NOT_IN_GVISOR.items()} | {
+    ("vm", test): f"a whole machine: {reason}" for test, reason in _NOT_ON_A_PC.items()
+}
 """Column and test: why it cannot hold there."""
 
 
@@ -597,6 +605,41 @@ def _answers(rig: Rig, name: str, command: str) -> bool:
     return rigs.execute(rig, name, ["sh", "-c", command])[1] == b"six\n"
 
 
+def test_networks_change_while_it_runs(rig: Rig, network: str, start: Start) -> None:
+    serve = "echo here > /page; while :; do nc -l -p 80 < /page; done"
+    start("server", serve, NetworkMode=network, boundary="container")
+    start("mover", "sleep 1000")
+
+    def answer(name: str) -> bytes:
+        return rigs.execute(rig, name, ["sh", "-c", "nc -w 2 server 80 < /dev/null"])[1]
+
+    for _ in range(2):
+        rig.call("network.connect", network=network, container="mover")
+        until(functools.partial(_equal, answer, "mover", b"here\n"), "the server is reached")
+        rig.call("network.disconnect", network=network, container="mover")
+        assert b"here" not in answer("mover")
+    shown = rigs.execute(rig, "mover", ["ip", "route"])[1]
+    assert b"default via" in shown
+
+
+def test_several_share_network_processes_and_memory(rig: Rig, start: Start, run: Run) -> None:
+    start("first", "echo seen > /dev/shm/file; echo 1 > /own; sleep 1000", IpcMode="shareable")
+    network = {"NetworkMode": "container:first"}
+    start("second", "while :; do nc -l -p 81 -e echo local; done", **network)
+    ask = "nc -w 2 127.0.0.1 81 < /dev/null"
+
+    def answer(name: str) -> bytes:
+        return rigs.execute(rig, name, ["sh", "-c", ask])[1]
+
+    until(functools.partial(_equal, answer, "first", b"local\n"), "one reaches the other")
+    alone = run(["sh", "-c", "echo $$; ls /own; cat /dev/shm/file; exit 5"], **network)
+    assert (alone.code, alone.out) == (5, b"1\n")
+    until(lambda: rigs.execute(rig, "first", ["cat", "/dev/shm/file"])[1] == b"seen\n", "written")
+    shared = {**network, "PidMode": "container:first", "IpcMode": "container:first"}
+    both = run(["sh", "-c", "cat /dev/shm/file; ps | grep -c 'sleep [1]000'"], **shared)
+    assert both.out == b"seen\n1\n"
+
+
 def test_without_a_network_there_is_only_lo(run: Run) -> None:
     done = run(["ls", "/sys/class/net"], NetworkMode="none")
     assert done.out.split() == [b"lo"]
@@ -759,8 +802,9 @@ def test_what_a_guest_cannot_have_is_refused(
     start("other", "sleep 1000")
     with pytest.raises(Unsupported, match="no other workload can join"):
         rigs.run(rig, ["true"], NetworkMode="container:other")
-    with pytest.raises(Unsupported, match="stop other first"):
-        rig.call("network.connect", network=network, container="other")
+    with pytest.raises(Unsupported, match="are the host's"):
+        start("plain", "sleep 1000", boundary="container")
+        run(["true"], NetworkMode="container:plain")
 
 
 # --- the report ----------------------------------------------------------------------------------

@@ -189,7 +189,10 @@ def _jail(**more: object) -> jail.Jail:
     return jail.Jail(**(values | more))  # type: ignore[arg-type]
 
 
-def test_a_jail_has_no_powers_and_the_workloads_limits() -> None:
+def test_a_jail_has_no_powers_and_the_workloads_limits(tmp_path: Path) -> None:
+    upper = tmp_path / "upper"
+    upper.touch()
+    os.truncate(upper, 20 << 30)
     resources = Resources(
         memory=Memory(limit=128 << 20, swap=256 << 20), pids=Pids(10), cpu=CPU(quota=50000)
     )
@@ -201,12 +204,14 @@ def test_a_jail_has_no_powers_and_the_workloads_limits() -> None:
     spec = Spec(process=Process(args=["workload"], oom_score_adj=5), linux=linux)
     bundle = Bundle("a" * 64, spec, Rootfs(), "/run/w")
     with OwnedFd(os.open("/dev/null", os.O_RDONLY)) as fd:
-        made = jail.jail_bundle(bundle, _jail(), (int(fd),))
+        own = _jail(disks=[("/layer", False), (str(upper), True)])
+        made = jail.jail_bundle(bundle, own, (int(fd),))
     process, inside = made.spec.process, made.spec.linux
     assert process is not None and process.capabilities is not None
     sets = process.capabilities
     assert not (sets.bounding or sets.permitted or sets.effective or sets.ambient)
     assert process.no_new_privileges and process.oom_score_adj == 5
+    assert {one.type_: one.hard for one in process.rlimits}["RLIMIT_FSIZE"] == 20 << 30
     assert process.user.uid == process.user.gid == jail.uid_of("a" * 64) > 1 << 30
     assert made.spec.root is not None and made.spec.root.readonly
     kinds = {n.type_: n.path for n in inside.namespaces}

@@ -11,6 +11,7 @@ its kind; it is made of hard links where that is possible. There is no /proc and
 import contextlib
 import hashlib
 import os
+import resource
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,10 @@ from bulkhead.oci.runtime import (
 DISKS = 32
 FIRST_FD = 10
 """The number of the first descriptor that a jail's process is given."""
+DISK_BYTES = 10 << 30
+"""A guest's writable disk, if nothing else is asked for."""
+MOST_TASKS = 4096
+"""Likewise its tasks: those of a sandbox are processes of the host."""
 _FILES_BYTES = 16 << 20
 _FIRST_UID = 0x70000000
 _FOLDERS = ("dev", "tmp", "run", "disks")
@@ -205,10 +210,38 @@ def process(bundle: Bundle, jail: Jail) -> Process:
         terminal=jail.terminal,
         user=User(uid=uid, gid=uid),
         capabilities=Capabilities([], [], [], [], []),
-        rlimits=[Rlimit("RLIMIT_CORE", 0, 0), Rlimit("RLIMIT_NOFILE", 4096, 4096)],
+        rlimits=[
+            Rlimit("RLIMIT_CORE", 0, 0),
+            Rlimit("RLIMIT_NOFILE", 4096, 4096),
+            *_file_size(bundle, jail),
+        ],
         no_new_privileges=True,
         oom_score_adj=given.oom_score_adj if given is not None else None,
     )
+
+
+def _file_size(bundle: Bundle, jail: Jail) -> list[Rlimit]:
+    """No file grows beyond what its disk, or its memory, is: whoever has broken out of the guest
+    cannot fill the host's disk. The disks of a whole machine grow, with its snapshots.
+    """
+    if bundle.machine is not None:
+        return []
+    sizes = [os.stat(path).st_size for path, writable in jail.disks if writable]
+    most = max(DISK_BYTES, 2 * (jail.guest_bytes + jail.overhead_bytes), *sizes)
+    return [Rlimit("RLIMIT_FSIZE", most, most)]
+
+
+def raise_file_size(pid: int, size: int) -> None:
+    """Let process `pid` and its descendants write files of `size` bytes; prlimit(2)."""
+    waiting = [pid]
+    while waiting:
+        one = waiting.pop()
+        with contextlib.suppress(OSError, ValueError):
+            soft, _ = resource.prlimit(one, resource.RLIMIT_FSIZE)
+            if 0 <= soft < size:
+                resource.prlimit(one, resource.RLIMIT_FSIZE, (size, size))
+            with open(f"/proc/{one}/task/{one}/children", encoding="ascii") as file:
+                waiting += [int(child) for child in file.read().split()]
 
 
 def _spec(bundle: Bundle, jail: Jail) -> Spec:
@@ -284,7 +317,6 @@ def resources(given: Resources | None, jail: Jail) -> Resources:
     memory = msgspec.structs.replace(base.memory or Memory(), limit=limit)
     if memory.swap is not None and memory.swap >= 0:
         memory.swap += jail.overhead_bytes
-    pids = base.pids
-    if pids is not None and pids.limit > 0:
-        pids = Pids(pids.limit + jail.tasks)
+    asked = base.pids.limit if base.pids is not None else 0
+    pids = Pids((asked if asked > 0 else MOST_TASKS) + jail.tasks)
     return msgspec.structs.replace(base, memory=memory, pids=pids)

@@ -123,13 +123,18 @@ class MicrovmBoundary(GuestBoundary):
         if acceleration().name == "kvm" or disk is None:
             raise Unsupported("a microVM that KVM executes cannot be saved yet")
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with OwnedFd(os.open(f"{directory}/{SAVED_IMAGE}", flags, 0o600)) as image:
+        scratch = f"{directory}/{SAVED_IMAGE}.new"
+        with contextlib.ExitStack() as undo:
+            image = undo.enter_context(OwnedFd(os.open(scratch, flags, 0o600)))
+            undo.callback(os.unlink, scratch)
             images.take(
                 pid,
                 int(image),
                 images.GO_ON,
                 meanwhile=lambda: sparse.copy_file(disk, f"{directory}/{SAVED_DISK}"),
             )
+            # QEMU has had that file open, and goes on: what it could still write is no snapshot.
+            sparse.copy_file(scratch, f"{directory}/{SAVED_IMAGE}")
 
     def plugs(self, pid: int, cards: int) -> hotplug.Plugs:
         """The places of its template that are empty."""

@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+from bulkhead.boundaries import jail
 from bulkhead.boundaries.guest import link
 from bulkhead.errors import BulkheadError, Unavailable, Unsupported
 from bulkhead.linux import mounts, namespaces, netns
@@ -83,6 +84,8 @@ class Board:
         # Written down first: whoever comes after a kill takes it out again.
         write(self._path, {**used, slot: (owner, point)})
         insert(self._pid, image, f"/disks/{point}")
+        if writable:
+            jail.raise_file_size(self._pid, os.stat(image).st_size)
         return self._plugs.add(slot, f"/disks/{point}", writable=writable)
 
     def give_back(self, owner: str) -> None:
@@ -125,8 +128,8 @@ def _in_jail(pid: int, work: Callable[[], None]) -> None:
 
     def run() -> None:
         namespaces.unshare(_CLONE_FS)
-        with namespaces.open_namespace(f"/proc/{pid}/ns/mnt") as jail:
-            namespaces.setns(int(jail), namespaces.NEWNS)
+        with namespaces.open_namespace(f"/proc/{pid}/ns/mnt") as place:
+            namespaces.setns(int(place), namespaces.NEWNS)
         work()
 
     try:
