@@ -17,6 +17,8 @@ from bench.peers import Docker, Ours, busybox_root, bwrap_command, oci_bundle
 
 IMAGE = "bench-busybox:latest"
 DEBIAN = "bench-debian:latest"
+SETTLED_S = 5.0
+"""After the last command, before the daemons' memory is looked at."""
 
 
 @dataclass
@@ -165,6 +167,7 @@ def memory(rig: Rig) -> Result:
         lambda: rig.docker("run", "-d", IMAGE, "sleep", "3600").strip(),
         lambda ids: void(rig.docker("rm", "-f", *ids)),
     )
+    time.sleep(SETTLED_S)
     own, daemons = pss_kib(rig.ours.pids()), pss_kib(rig.docker.pids())
     _record(rig, "memory per idle container", f"ours {ours:.0f} KiB · docker {theirs:.0f} KiB")
     _record(rig, "daemons, PSS", f"ours {own / 1024:.1f} MiB · docker {daemons / 1024:.1f} MiB")
@@ -259,7 +262,7 @@ def port(rig: Rig) -> Result:
             "direct": lambda: receive(address, 5001),
             "published": lambda: receive("127.0.0.1", 15001),
         }
-        series = interleaved(actions, 5, warm=1)
+        series = interleaved(actions, 9, warm=1)
     finally:
         rig.ours("rm", "-f", identity)
     _record(
@@ -319,7 +322,7 @@ def syscalls(rig: Rig) -> Result:
     rig.ours("import", str(archive), "probe:latest")
     found: dict[str, tuple[list[float], list[float]]] = {}
     try:
-        for _ in range(5):
+        for _ in range(10):
             for name, text in (
                 ("native", output(["/bin/probe"])),
                 ("ours", rig.ours("run", "--rm", "probe:latest", "/bin/probe")),
