@@ -8,7 +8,6 @@ set-user-id programs as what they say; P tells the interpreter the first argumen
 
 import functools
 import os
-import shutil
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,7 +75,9 @@ def interpreter(architecture: str) -> str:
     if machine is None:
         raise Unsupported(f"programs for {architecture} cannot be run on this machine")
     for name in (f"qemu-{machine.name}-static", f"qemu-{machine.name}"):
-        found = shutil.which(name)
+        from shutil import which  # imports are most of a runtime's time
+
+        found = which(name)
         if found is not None and _is_static(found, os.stat(found).st_mtime_ns):
             return found
     raise Unsupported(

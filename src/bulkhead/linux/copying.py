@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import stat
 
 
@@ -77,7 +76,8 @@ def _copy_other(source: int, target: int, name: str, status: os.stat_result, kin
         with os.fdopen(reading, "rb") as file:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             with os.fdopen(os.open(name, flags, 0o600, dir_fd=target), "wb") as out:
-                shutil.copyfileobj(file, out, 1 << 20)
+                while data := file.read(1 << 20):
+                    out.write(data)
                 out.flush()
                 _copy_status(file.fileno(), out.fileno())
         return

@@ -5,7 +5,6 @@ documentation.
 import contextlib
 import errno
 import os
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 
@@ -54,7 +53,11 @@ def detached(
         text = ",".join(words)
         if len(text) >= _PAGE:
             raise OSError(errno.E2BIG, f"{len(lowers)} layers are more than this kernel takes")
-        place = tempfile.mkdtemp(prefix="bulkhead-overlay-")
+        from tempfile import (
+            mkdtemp,
+        )  # imports are most of a runtime's time
+
+        place = mkdtemp(prefix="bulkhead-overlay-")
         undo.callback(os.rmdir, place)
         mounts.mount("overlay", place, "overlay", 0, text)
         undo.callback(mounts.unmount, place, mounts.MNT_DETACH)

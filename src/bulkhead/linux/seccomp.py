@@ -11,7 +11,6 @@ import signal
 import struct
 import time
 from functools import cache
-from importlib import resources
 
 import msgspec
 
@@ -104,6 +103,10 @@ class _Tables(msgspec.Struct):
 
 @cache
 def _tables() -> _Tables:
+    from importlib import (
+        resources,
+    )  # imports are most of a runtime's time
+
     data = resources.files("bulkhead.linux").joinpath("syscall_numbers.json").read_bytes()
     return msgspec.json.decode(data, type=_Tables)
 

@@ -15,7 +15,6 @@ import fcntl
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 
 import msgspec
@@ -131,7 +130,7 @@ class Records:
         """Forget the container: at once for everybody, then its files."""
         beside = f"{self.root}/{_BESIDE}{identity}.{os.getpid()}"
         os.rename(self.path(identity), beside)
-        shutil.rmtree(beside)
+        _discard(beside)
 
     def ids(self) -> list[str]:
         """Every id that is taken, in order."""
@@ -166,7 +165,9 @@ def _lock(path: str) -> Iterator[None]:
 def _discard(directory: str) -> None:
     """Remove a directory that did not become a container's."""
     if os.path.exists(directory):
-        shutil.rmtree(directory)
+        for name in os.listdir(directory):  # shutil would cost a command 5 ms of import
+            os.unlink(f"{directory}/{name}")
+        os.rmdir(directory)
 
 
 def alive(record: Record) -> bool:

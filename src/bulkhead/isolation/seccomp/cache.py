@@ -10,11 +10,8 @@ again and the file replaced.
 
 import contextlib
 import hashlib
-import logging
 import os
-import tempfile
 from functools import cache
-from importlib import resources
 
 import msgspec
 
@@ -23,7 +20,6 @@ from bulkhead.linux import seccomp as kernel
 from bulkhead.linux import syscall
 from bulkhead.oci.runtime import Seccomp
 
-_log = logging.getLogger(__name__)
 _encode = msgspec.msgpack.Encoder(order="deterministic").encode
 
 MEMORY_LIMIT = 256
@@ -33,6 +29,8 @@ MEMORY_LIMIT = 256
 @cache
 def _compiler() -> bytes:
     """Hash of what the result depends on besides the rules."""
+    from importlib import resources  # imports are most of a runtime's time
+
     digest = hashlib.sha256()
     for package, name in (
         ("bulkhead.isolation.seccomp", "compile.py"),
@@ -73,7 +71,7 @@ class FilterCache:
         else:
             if _intact(data):
                 return Filter(data[36:], int.from_bytes(data[32:36], "little"))
-            _log.warning("seccomp cache: %s is damaged; compiling anew", path)
+            _warn("%s is damaged; compiling anew", path)
         compiled = compile_filter(seccomp)
         self._save(path, compiled)
         return compiled
@@ -81,9 +79,11 @@ class FilterCache:
     def _save(self, path: str, compiled: Filter) -> None:
         assert self._directory is not None
         body = compiled.flags.to_bytes(4, "little") + compiled.program
+        from tempfile import mkstemp  # imports are most of a runtime's time
+
         try:
             os.makedirs(self._directory, mode=0o700, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self._directory)
+            handle, temporary = mkstemp(dir=self._directory)
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(hashlib.sha256(body).digest() + body)
@@ -94,7 +94,13 @@ class FilterCache:
                 raise
         except OSError as error:
             # A cache that cannot be written costs time, not safety.
-            _log.warning("seccomp cache: cannot write %s: %s", path, error.strerror)
+            _warn("cannot write %s: %s", path, error.strerror)
+
+
+def _warn(text: str, *values: object) -> None:
+    import logging  # imports are most of a runtime's time
+
+    logging.getLogger(__name__).warning("seccomp cache: %s", text % values)
 
 
 def _intact(data: bytes) -> bool:
