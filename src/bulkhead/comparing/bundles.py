@@ -12,6 +12,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bulkhead.boundaries.guest import initramfs, kernels
+from bulkhead.boundaries.vmm.acceleration import acceleration
 from bulkhead.comparing import processes
 from bulkhead.comparing.spawn import FailedError, said, spoken
 from bulkhead.comparing.subjects import PROBE, Child, Running, end
@@ -123,9 +124,9 @@ class Qemu:
 
     def run(self, *probe: str) -> list[str]:
         """A boot, the probe as init, and the kernel's end."""
-        accelerator = "kvm" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "tcg"
         return [
-            "qemu-system-x86_64", "-accel", accelerator, "-m", "256", "-nographic", "-no-reboot",
+            "qemu-system-x86_64", "-accel", acceleration().name, "-m", "256",
+            "-nographic", "-no-reboot",
             "-kernel", self.kernel, "-initrd", self.ramdisk,
             "-append", f"console=ttyS0 quiet loglevel=0 panic=-1 -- {' '.join(probe)}",
         ]  # fmt: skip

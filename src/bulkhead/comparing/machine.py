@@ -6,6 +6,7 @@ import shutil
 import time
 from pathlib import Path
 
+from bulkhead.boundaries.vmm.acceleration import acceleration
 from bulkhead.comparing.spawn import FailedError, said
 
 
@@ -58,7 +59,7 @@ def facts() -> dict[str, str]:
         "CPUs": str(len(os.sched_getaffinity(0))),
         "memory": f"{memory:.1f} GiB",
         "kernel": f"Linux {platform.release()} {platform.machine()}",
-        "KVM": "usable" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "not usable: emulated",
+        "KVM": "usable" if acceleration().name == "kvm" else "not usable: guests are emulated",
         "load at start": f"{os.getloadavg()[0]:.2f}",
     }
     if shutil.which("systemd-detect-virt"):

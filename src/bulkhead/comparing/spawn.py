@@ -2,6 +2,7 @@
 
 import os
 import re
+import select
 import subprocess
 import tempfile
 import time
@@ -73,8 +74,8 @@ def timed(
             raise FailedError(f"{words[0]}: {error.strerror}") from None
         assert process.stdout is not None
         try:
-            first = _until_spoken(process.stdout, start, console)
-            while process.stdout.read(1 << 16):
+            first = _until_spoken(process.stdout, start, console, _short(words))
+            while _piece(process.stdout, start, _short(words)):
                 pass
             status = process.wait(LIMIT_S)
         except subprocess.TimeoutExpired:
@@ -90,24 +91,30 @@ def timed(
     return (first - start) * 1e3, (end - start) * 1e3
 
 
-def _until_spoken(stream: IO[bytes], start: float, console: bool) -> float:
+def _piece(stream: IO[bytes], start: float, what: str) -> bytes:
+    """The next piece, b"" at the end; FailedError once LIMIT_S have passed since `start`."""
+    left = start + LIMIT_S - time.perf_counter()
+    if left <= 0 or not select.select([stream], [], [], left)[0]:
+        raise FailedError(f"{what}: no end after {LIMIT_S:.0f} s")
+    return os.read(stream.fileno(), 1 << 16)
+
+
+def _until_spoken(stream: IO[bytes], start: float, console: bool, what: str) -> float:
     text = b""
     while True:
-        piece = os.read(stream.fileno(), 4096)
+        piece = _piece(stream, start, what)
         moment = time.perf_counter()
         text = text[-4096:] + piece
         if not piece or not console or _SPOKEN.search(text):
             return moment
-        if moment - start > LIMIT_S:
-            raise FailedError("the workload never spoke")
 
 
 def spoken(process: "subprocess.Popen[bytes]") -> None:
     """Wait for the probe's line on the output of `process`; FailedError if it ends before."""
     assert process.stdout is not None
-    text = b""
+    text, start = b"", time.perf_counter()
     while not _SPOKEN.search(text):
-        piece = os.read(process.stdout.fileno(), 4096)
+        piece = _piece(process.stdout, start, "it")
         if not piece:
             raise FailedError(f"it ended: {text[-200:].decode(errors='replace')}")
         text = text[-4096:] + piece
