@@ -7,6 +7,7 @@ hostile: names are checked, nothing is written to the host by name, memory is bo
 
 import asyncio
 import contextlib
+import functools
 import os
 import posixpath
 import shutil
@@ -125,6 +126,8 @@ async def _in_volume(
         if point.type_ == "volume":
             if point.name not in engine.volumes:
                 raise NotFound(f"get {point.name}: no such volume")
+            settle = functools.partial(engine.volumes.settle, point.name, workload.id)
+            await engine.blocking(settle)
             source = engine.volumes.hold(point.name, workload.id)
         try:
             if point.type_ == "volume" and point.subpath:

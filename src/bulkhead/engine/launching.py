@@ -181,6 +181,8 @@ async def _volume(
     if volumes.is_disk(name):
         await engine.blocking(functools.partial(volumes.image, name))
     await _ended_let_go(engine, record, name)
+    if volumes.is_disk(name) and not disk:
+        await engine.blocking(functools.partial(volumes.settle, name, record.id))
     path = volumes.hold(name, record.id, guests.holder(engine, record, point), mounted=not disk)
     if not volumes.get(name).filled:
         if not point.no_copy:

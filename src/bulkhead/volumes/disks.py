@@ -10,8 +10,12 @@ guest has written is checked by e2fsck(8) before the host's kernel reads it.
 import contextlib
 import os
 import subprocess
+import sys
 import tempfile
+import threading
 import time
+from collections import defaultdict
+from collections.abc import Callable
 
 from bulkhead.errors import Conflict, Invalid, Unavailable, Unsupported
 from bulkhead.linux import loop, syscall
@@ -24,6 +28,12 @@ _MOST = 16 << 40
 _TOOL_S = 600
 _FREE_S = 30.0
 _MS_NOSUID, _MS_NODEV, _MS_RDONLY = 2, 4, 1
+_SOURCE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_CHECK = (
+    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "from bulkhead.volumes import checker; sys.exit(checker.main(sys.argv[2]))"
+)
+_locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 _PATH = {"PATH": "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"}
 
 
@@ -65,7 +75,8 @@ def _forget(path: str) -> None:
         os.unlink(path)
 
 
-def _tool(*command: str, good: frozenset[int] = frozenset({0})) -> None:
+def _tool(*command: str, good: frozenset[int] = frozenset({0}), name: str = "") -> None:
+    name = name or command[0]
     try:
         done = subprocess.run(
             command,
@@ -78,12 +89,12 @@ def _tool(*command: str, good: frozenset[int] = frozenset({0})) -> None:
             env=_PATH,
         )
     except FileNotFoundError:
-        raise Unsupported(f"{command[0]} is not installed: apt-get install e2fsprogs") from None
+        raise Unsupported(f"{name} is not installed: apt-get install e2fsprogs") from None
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{command[0]}: {error}") from error
+        raise Unavailable(f"{name}: {error}") from error
     if done.returncode not in good:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise Unavailable(f"{command[0]}: {said[-1] if said else done.returncode}")
+        raise Unavailable(f"{name}: {said[-1] if said else done.returncode}")
 
 
 def lend(directory: str) -> str:
@@ -96,7 +107,7 @@ def lend(directory: str) -> str:
         if time.monotonic() > deadline:
             raise Conflict(f"{path} is still being written back by the host")
         time.sleep(0.02)
-    with open(f"{directory}/{GUEST}", "wb"):
+    with _locks[directory], open(f"{directory}/{GUEST}", "wb"):
         pass
     return path
 
@@ -112,13 +123,22 @@ def _looped() -> set[str]:
     return found
 
 
-def take_back(directory: str) -> None:
-    """Check the image if a guest has had it; Unavailable if it cannot be mended."""
+def take_back(directory: str, allowed: Callable[[], None] = lambda: None) -> None:
+    """Check the image if a guest has had it; Unavailable if it cannot be mended.
+
+    `allowed` raises if a guest has it now. In a jail (checker.py), and it may take minutes: for a
+    thread.
+    """
     mark = f"{directory}/{GUEST}"
-    if os.path.exists(mark):
-        # 1: errors were corrected.
-        _tool("e2fsck", "-p", "-f", f"{directory}/{IMAGE}", good=frozenset({0, 1}))
-        os.unlink(mark)
+    if not os.path.exists(mark):
+        return
+    with _locks[directory]:
+        allowed()
+        if os.path.exists(mark):
+            # 1: errors were corrected.
+            command = [sys.executable, "-I", "-c", _CHECK, _SOURCE, f"{directory}/{IMAGE}"]
+            _tool(*command, good=frozenset({0, 1}), name="e2fsck")
+            os.unlink(mark)
 
 
 def mount(directory: str, target: str, *, readonly: bool = False) -> None:

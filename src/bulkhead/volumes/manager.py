@@ -157,6 +157,12 @@ class VolumeManager:
         self.image(name)
         return disks.lend(f"{self._root}/{name}")
 
+    def settle(self, name: str, user: str) -> None:
+        """Have a disk that a guest has written checked, before `hold`; in a thread."""
+        if self.is_disk(name):
+            self.image(name)
+            disks.take_back(f"{self._root}/{name}", lambda: self._not_lent(name, user))
+
     def hold(
         self,
         name: str,
