@@ -8,7 +8,7 @@ import pytest
 
 from bulkhead.engine import archive, describe, lifecycle, restart, specgen, table, users
 from bulkhead.engine.body import Config, Healthcheck, HostConfig, RestartPolicy, Ulimit
-from bulkhead.engine.events import BACKLOG, Events, matches
+from bulkhead.engine.events import BACKLOG, Events, _event, matches
 from bulkhead.engine.health import State
 from bulkhead.engine.merge import host as complete
 from bulkhead.engine.records import MountPoint, Record
@@ -268,7 +268,7 @@ def test_failures_in_the_start_period_do_not_count() -> None:
 def test_events_are_filtered_like_dockers() -> None:
     events = Events()
     events.emit("container", "exec_start: sh", "abc123", {"name": "web", "image": "i:1", "l": "v"})
-    (event,) = events._kept
+    event = _event(*events._kept)
     for filters, passes in (
         ({"type": ["container"]}, True),
         ({"type": ["image"]}, False),

@@ -21,6 +21,26 @@ _EXEC_EVENTS = ("exec_create", "exec_start", "health_status")
 
 Filters = Mapping[str, Collection[str]]
 Event = dict[str, Any]
+_Kept = tuple[str, str, str, dict[str, str], int]
+"""(type, action, id, attributes, nanoseconds): an event in a quarter of the memory."""
+
+
+def _event(kept: _Kept) -> Event:
+    """As Docker tells it."""
+    kind, action, identity, known, moment = kept
+    event: Event = {
+        "Type": kind,
+        "Action": action,
+        "Actor": {"ID": identity, "Attributes": known},
+        "scope": "local",
+        "time": moment // 10**9,
+        "timeNano": moment,
+    }
+    if kind == "container":
+        event |= {"status": action, "id": identity, "from": known.get("image")}
+    elif kind == "image":
+        event |= {"status": action, "id": identity}
+    return event
 
 
 def matches(event: Event, filters: Filters) -> bool:
@@ -66,7 +86,7 @@ class Events:
     """The ring and its listeners; for the loop only."""
 
     def __init__(self) -> None:
-        self._kept: deque[Event] = deque(maxlen=KEPT)
+        self._kept: deque[_Kept] = deque(maxlen=KEPT)
         self._listeners: set[asyncio.Queue[Event | None]] = set()
         self._last_ns = 0
 
@@ -81,20 +101,11 @@ class Events:
         """Say that it happened, now."""
         moment = max(time.time_ns(), self._last_ns + 1)
         self._last_ns = moment
-        known = dict(attributes or {})
-        event: dict[str, Any] = {
-            "Type": kind,
-            "Action": action,
-            "Actor": {"ID": identity, "Attributes": known},
-            "scope": "local",
-            "time": moment // 10**9,
-            "timeNano": moment,
-        }
-        if kind == "container":
-            event |= {"status": action, "id": identity, "from": known.get("image")}
-        elif kind == "image":
-            event |= {"status": action, "id": identity}
-        self._kept.append(event)
+        kept = kind, action, identity, dict(attributes or {}), moment
+        self._kept.append(kept)
+        if not self._listeners:
+            return
+        event = _event(kept)
         for queue in list(self._listeners):
             if queue.qsize() >= BACKLOG:
                 self._listeners.discard(queue)
@@ -113,11 +124,12 @@ class Events:
         old = list(self._kept) if since_ns is not None else []
         self._listeners.add(queue)
         try:
-            for event in old:
-                if event["timeNano"] < (since_ns or 0):
+            for kept in old:
+                if kept[-1] < (since_ns or 0):
                     continue
-                if until_ns is not None and event["timeNano"] > until_ns:
+                if until_ns is not None and kept[-1] > until_ns:
                     return
+                event = _event(kept)
                 if matches(event, filters):
                     yield event
             async with contextlib.aclosing(_until(queue, until_ns)) as new:
