@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from bulkhead.network.handover import Handover
 
 log = logging.getLogger("bulkhead.engine")
-TIMEOUT_S, DRAIN_S = 60.0, 10.0
 _QUIET_S = 0.5
 _LOOK_S = 0.02
 _PROBE_S, _PROBE_MOST_S = 0.1, 1.0
@@ -67,10 +66,10 @@ class Wish:
     """What is asked for; seconds."""
 
     to: str
-    kernel: str = ""
-    timeout_s: float = TIMEOUT_S
-    drain_s: float = DRAIN_S
-    stop_first: bool = False
+    kernel: str
+    timeout_s: float
+    drain_s: float
+    stop_first: bool
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from bulkhead.boundary.seam import Bundle, Launched, Pausable, Rootfs
-from bulkhead.engine import guests, launching, moving, restart, specgen, vm_shape
+from bulkhead.engine import guests, launching, restart, specgen, vm_shape
 from bulkhead.engine.launching import Start
 from bulkhead.engine.records import UNKNOWN_EXIT, Record, Workload
 from bulkhead.engine.users import Identity
@@ -77,7 +77,10 @@ async def run(engine: "Engine") -> None:
             await engine.lifecycle.finish(workload, status, finished)
     engine.reservations.rebalance()
     engine.processes.listen()
-    await moving.recover(engine)
+    if any(workload.record.moving for workload in engine.workloads):
+        from bulkhead.engine import moving  # most engines never move anything
+
+        await moving.recover(engine)
     await _sweep(engine, entries)
     _start(engine, was_up)
 
