@@ -1,9 +1,10 @@
 """Builds the programs of `native/` beside the package; everything else is in pyproject.toml."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
 
 
@@ -17,4 +18,14 @@ class BuildNative(build_py):
         super().run()
 
 
-setup(cmdclass={"build_py": BuildNative})
+class BuildScripts(Distribution().get_command_class("build_scripts")):
+    """`build_scripts` that installs the native client as `bulkhead-runtime`."""
+
+    def run(self) -> None:
+        """As usual; then the program takes the place of the script, which needs an interpreter."""
+        super().run()
+        native = Path(__file__).parent / "src/bulkhead/_native/bulkhead-runtime"
+        shutil.copy(native, Path(self.build_dir) / "bulkhead-runtime")
+
+
+setup(cmdclass={"build_py": BuildNative, "build_scripts": BuildScripts})

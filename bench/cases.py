@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import cases_api, cases_build, cases_guest
+from bench import cases_api, cases_build, cases_guest, cases_runtime
 from bench.measure import interleaved, memory_kib, output, pss_kib, timed
 from bench.peers import Docker, Ours, busybox_root, bwrap_command, oci_bundle
 
@@ -378,4 +378,5 @@ CASES: dict[str, Callable[[Rig], Result]] = {
     **cases_api.CASES,
     **cases_build.CASES,
     **cases_guest.CASES,
+    **cases_runtime.CASES,
 }

@@ -53,4 +53,13 @@ TARGETS: tuple[Target, ...] = (
     Target("microvm.boot", "cold boot of a microVM to its init / stock QEMU's", 0.5),
     Target("microvm.kvm", "run of `true` in a microVM with KVM", 125, unit="ms"),
     Target("build.again", "the same unchanged, times as fast", 5, True),
+    Target("runtime.run.warm", "bulkhead-runtime `run` of `true`, planner warm / runc", 1.0),
+    Target("runtime.run.cold", "the same as cold Python / runc", 2.0),
+    Target("runtime.run.crun", "the same, warm / crun", 1.0),
+    Target("runtime.cycle.warm", "bulkhead-runtime create+start+delete, warm / runc", 1.0),
+    Target("runtime.cycle.cold", "the same as cold Python / runc", 2.0),
+    Target("runtime.cycle.crun", "the same, warm / crun", 1.0),
+    Target("runtime.exec.warm", "bulkhead-runtime `exec` of `true`, warm / runc", 1.0),
+    Target("runtime.exec.cold", "the same as cold Python / runc", 2.0),
+    Target("runtime.memory", "peak memory of the runtime's process in `create` / runc", 1.0),
 )

@@ -59,6 +59,10 @@ def test_pip_install(tmp_path: Path) -> None:
     shown = run(command, "--version", **environment)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout.startswith("bulkhead version ")
+    runtime = venv / "bin" / "bulkhead-runtime"
+    assert runtime.read_bytes().startswith(b"\x7fELF")
+    named = run(str(runtime), "--version")
+    assert named.stdout.startswith("bulkhead-runtime version "), named.stderr
     where = run(python, "-c", "import bulkhead.cli.main as m; print(m.__file__)", **environment)
     assert where.stdout.startswith(str(venv))
     if os.geteuid() != 0:
