@@ -33,6 +33,7 @@ exec nginx -c /tmp/nginx.conf -g 'daemon off;'
 """
 CHECK = {"Test": ["TCP", "80"], "Interval": 10**9}
 SECOND = 10**9
+PATIENCE_S = 600.0
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ class Load:
     def goes_on(self) -> None:
         """Wait for some more answers."""
         seen = len(self.answers)
-        until(lambda: len(self.answers) > seen + 3, "it serves", 120)
+        until(lambda: len(self.answers) > seen + 3, "it serves", 300)
 
     def __enter__(self) -> "Load":
         self._thread.start()
@@ -128,7 +129,7 @@ def test_a_server_moves_without_a_failed_request(rig: Rig) -> None:
             near.failed.clear()
             assert set(published.answers) == {f"served by {ours}"}
             for boundary in ("microvm", "container"):
-                moved = _move(rig, "web", boundary)
+                moved = _move(rig, "web", boundary, timeout_s=PATIENCE_S)
                 print(boundary, moved)
                 assert (moved["Name"], moved["Boundary"], moved["Way"]) == (
                     "web", boundary, "ready first",
@@ -163,7 +164,7 @@ def _written(rig: Rig) -> int:
 
 def _writes_on(rig: Rig) -> None:
     seen = _written(rig)
-    until(lambda: _written(rig) > seen + 3, "rows are written", 120)
+    until(lambda: _written(rig) > seen + 3, "rows are written", 300)
 
 
 def _query(rig: Rig, text: str) -> tuple[int, str]:
@@ -186,7 +187,7 @@ def test_a_database_moves_without_a_lost_row(rig: Rig) -> None:
         try:
             for boundary in ("microvm", "container"):
                 _writes_on(rig)
-                moved = _move(rig, "db", boundary, drain_s=2.0)
+                moved = _move(rig, "db", boundary, timeout_s=PATIENCE_S, drain_s=2.0)
                 print(f"to {boundary}: nobody answered for {moved['Gap']:.3f} s")
                 assert (moved["Way"], moved["Boundary"]) == ("stopped first", boundary)
                 assert moved["Gap"] > 0 and _place(rig, "db") == before

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("bulkhead.engine")
 _QUIET_S = 0.5
+_TRIAL_S = 180.0
 _LOOK_S = 0.02
 _PROBE_S, _PROBE_MOST_S = 0.1, 1.0
 _PROBE_LIMIT_S = 30.0
@@ -302,7 +303,7 @@ class _Move:
             self._marked(trial, f"from {self._old.id}")
             try:
                 await engine.lifecycle.start(trial, Start())
-                await asyncio.wait_for(asyncio.shield(trial.ended), self._wish.timeout_s)
+                await asyncio.wait_for(asyncio.shield(trial.ended), _TRIAL_S)
             except CommandNotFound:
                 return  # an image without true(1); the boundary got as far as looking for it
             except TimeoutError:
