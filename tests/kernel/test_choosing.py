@@ -118,6 +118,20 @@ def test_an_enforced_policy_refuses_what_is_weaker(rig: Rig, policy: Path) -> No
     assert make(rig, "", UNTRUSTED)["Boundary"] == "microvm"
 
 
+def test_auto_gives_a_tenant_what_the_policy_has_for_it(rig: Rig, policy: Path) -> None:
+    policy.write_text("tenants: {acme: {boundary: sandbox}, other: {}}\n")
+    shown = make(rig, labels={"bulkhead.tenant": "acme"})
+    assert shown["Boundary"] == "sandbox"
+    assert "policy.tenants" in {one["Rule"] for one in shown["BoundaryChoice"]["Reasons"]}
+    assert make(rig, labels={"bulkhead.tenant": "other"})["Boundary"] == "container"
+
+
+def test_machines_are_made_only_where_the_policy_allows(rig: Rig, policy: Path) -> None:
+    policy.write_text("enforce: true\nallow: [container, microvm]\n")
+    with pytest.raises(Denied, match="not vm"):
+        rig.call("vm.create", name="m", size=1 << 30, body={})
+
+
 def test_a_policy_that_cannot_be_read_lets_nothing_pass(rig: Rig, policy: Path) -> None:
     for text in ("untrusted: mircovm\n", "untrusted: [\n", "what: ever\n"):
         policy.write_text(text)

@@ -127,10 +127,8 @@ def test_every_rule_has_a_reason_and_a_source_and_can_fire() -> None:
 )  # fmt: skip
 def test_rules_that_nobody_could_follow_are_found(row: str) -> None:
     with pytest.raises(Internal):
-        rules.parse(
-            f"version = 1\ndate = ''\n[sources]\na = 'b'\n[rules.x]\n{row}\n"
-            "reason = 'r.'\nsource = 'a'\n"
-        )
+        text = f"version = 1\ndate = ''\n[sources]\na = 'b'\n[rules.x]\n{row}\n"
+        rules.parse(tomllib.loads(text + "reason = 'r.'\nsource = 'a'\n"))
 
 
 def test_what_would_change_the_answer_does() -> None:

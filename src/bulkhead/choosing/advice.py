@@ -142,6 +142,10 @@ def _by_policy(facts: Facts, policy: Policy) -> list[Reason]:
     if policy.regulated and regulated in _REGULATED:
         add("regulated", (f"compliance={regulated}",), weaker(policy.regulated),
             f"The policy asks for {policy.regulated} or more for what is regulated.")  # fmt: skip
+    least = policy.tenants[policy.tenant].boundary if policy.tenant else ""
+    if least:
+        add("tenants", (), weaker(least),
+            f"The policy gives tenant {policy.tenant} {least} or more.")  # fmt: skip
     add("allow", (), (one for one in BOUNDARIES if one not in policy.allow),
         f"The policy allows {', '.join(policy.allow)} only.")  # fmt: skip
     if policy.require_kvm and facts.value("kvm") == "no":

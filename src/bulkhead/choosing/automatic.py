@@ -28,7 +28,8 @@ class Request:
         """What the rules say."""
         item = docker.from_request("", self.config, {**self.host, "Runtime": ""})
         docker.add_image(item, self.image)
-        return advise_here(statements(item, self.machine), rules, self._kvm, changes=False)
+        stated = statements(item, self.machine)
+        return advise_here(stated, rules.of(item.tenant), self._kvm, changes=False)
 
     def _kvm(self) -> Statement:
         return Statement("kvm", "yes" if self.kvm() else "no", HINT, "this host")
@@ -41,12 +42,16 @@ def choose(rules: policy.Policy, request: Request) -> dict[str, Any]:
     return record(answer, rules)
 
 
-def check(rules: policy.Policy, boundary: str, request: Request) -> None:
-    """Denied if `boundary`, which somebody named, is less than an enforced policy asks for."""
+def allowed(rules: policy.Policy, boundary: str) -> None:
+    """Denied for a boundary that is not in `allow`."""
     if boundary not in rules.allow:
         raise Denied(
             f"the policy {rules.source} allows {', '.join(rules.allow)} only, not {boundary}"
         )
+
+
+def check(rules: policy.Policy, boundary: str, request: Request) -> None:
+    """Denied if `boundary`, which somebody named, is less than an enforced policy asks for."""
     against = [one for one in request.advice(rules).reasons if boundary in one.excludes]
     walls = [one for one in against if _about_walls(one)]
     if walls:

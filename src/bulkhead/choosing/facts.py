@@ -6,11 +6,10 @@ firmly said less: then the sources contradict each other, which is told and not 
 """
 
 import functools
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 
+from bulkhead.choosing.data import toml
 from bulkhead.errors import Invalid
 
 HINT, SAID, FIRM = 0, 1, 2
@@ -83,9 +82,7 @@ class Facts:
 @functools.cache
 def keys() -> Mapping[str, Key]:
     """Every fact there is, by name."""
-    data = tomllib.loads(
-        resources.files("bulkhead.choosing").joinpath("facts.toml").read_text("utf-8")
-    )
+    data = toml("facts.toml")
     return {
         name: Key(name, row["question"], {k: v for k, v in row.items() if k != "question"})
         for name, row in data.items()

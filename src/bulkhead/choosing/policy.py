@@ -55,11 +55,17 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="ke
     tenants: dict[str, Tenant] = {}
     source: str = ""
     """The file it was read from, "" for none."""
+    tenant: str = ""
+    """Whose workload is being judged: `of`."""
 
     @property
     def given(self) -> bool:
         """Whether there is a file at all."""
         return bool(self.source)
+
+    def of(self, tenant: str) -> "Policy":
+        """The same, for a workload of this tenant."""
+        return msgspec.structs.replace(self, tenant=tenant) if tenant in self.tenants else self
 
 
 NONE = Policy()
@@ -106,7 +112,7 @@ def parse(text: str, source: str) -> Policy:
     document = yaml_document(text, source)
     if document is None:
         document = {}
-    if not isinstance(document, dict) or "source" in document:
+    if not isinstance(document, dict) or {"source", "tenant"} & set(document):
         raise Invalid(f"{source}: a policy is a mapping, as docs/choosing.md shows")
     try:
         policy = msgspec.convert({**document, "source": source}, Policy)

@@ -145,7 +145,10 @@ def assess(
     """The assessment of these items; `given` are facts that hold for all of them."""
     shared = list(given)
     placed = [
-        Placed(item, advise([*statements(item, machine), *shared], policy, changes=False))
+        Placed(
+            item,
+            advise([*statements(item, machine), *shared], policy.of(item.tenant), changes=False),
+        )
         for item in items
     ]
     _names(placed)

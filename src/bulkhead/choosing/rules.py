@@ -1,11 +1,11 @@
 """The rules as data (rules.toml): read, checked, and tried against facts."""
 
 import functools
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
+from typing import Any
 
+from bulkhead.choosing.data import toml
 from bulkhead.choosing.facts import Facts, keys
 from bulkhead.choosing.policy import BOUNDARIES
 from bulkhead.errors import Internal
@@ -50,12 +50,11 @@ class Rules:
 @functools.cache
 def load() -> Rules:
     """The rules of the package."""
-    return parse(resources.files("bulkhead.choosing").joinpath("rules.toml").read_text("utf-8"))
+    return parse(toml("rules.toml"))
 
 
-def parse(text: str) -> Rules:
-    """The rules in `text`; Internal for any that nobody could follow: they are ours."""
-    data = tomllib.loads(text)
+def parse(data: Mapping[str, Any]) -> Rules:
+    """The rules in `data`; Internal for any that nobody could follow: they are ours."""
     sources = data["sources"]
     return Rules(
         data["version"],

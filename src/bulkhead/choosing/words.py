@@ -7,11 +7,10 @@ as the vocabulary knows the words. `advise` shows which words stated what.
 
 import functools
 import re
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
 
+from bulkhead.choosing.data import toml
 from bulkhead.choosing.facts import FIRM, SAID, Statement
 
 MOST_TEXT = 20_000
@@ -110,9 +109,7 @@ def _compile(pattern: str, sets: dict[str, str]) -> re.Pattern[str]:
 @functools.cache
 def vocabulary() -> tuple[Entry, ...]:
     """The vocabulary, compiled once."""
-    data = tomllib.loads(
-        resources.files("bulkhead.choosing").joinpath("vocabulary.toml").read_text("utf-8")
-    )
+    data = toml("vocabulary.toml")
     return tuple(
         Entry(
             _compile(row["pattern"], data["sets"]),

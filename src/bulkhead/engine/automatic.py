@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 AUTO = "auto"
 
 
+def allowed(engine: "Engine", boundary: str) -> None:
+    """Denied for a boundary that an enforced policy does not allow."""
+    rules = policy.load(engine.home)
+    if rules.enforce:
+        from bulkhead.choosing import automatic
+
+        automatic.allowed(rules, boundary)
+
+
 def settle(
     engine: "Engine", named: str, request: body.CreateBody, image: Image
 ) -> tuple[str, dict[str, Any] | None]:
@@ -42,6 +51,7 @@ def settle(
         kvm=lambda: acceleration().name == "kvm",
     )  # fmt: skip
     if wanted != AUTO:
+        automatic.allowed(rules, wanted)
         automatic.check(rules, wanted, facts)
         return wanted, None
     chosen = automatic.choose(rules, facts)

@@ -108,6 +108,7 @@ def bare(
     engine: "Engine", name: str, request: body.CreateBody, boundary: str
 ) -> tuple[Record, list[str]]:
     """The record of a workload without an image, and warnings; nothing is written or made."""
+    automatic.allowed(engine, boundary)
     warnings = options.validate(request, guest=True)
     record = _record(engine, request, _NOTHING, boundary)
     guests.check(record)
