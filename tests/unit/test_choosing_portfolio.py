@@ -80,6 +80,21 @@ def test_what_depends_on_something_that_stays_stays(tmp_path: Path) -> None:
     assert "it depends on b, which stays" in made.staying[0].blockers
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "services: {a: {image: --privileged, command: [busybox]}}",
+        "services: {a: {image: i, volumes: ['-v:/x']}}\nvolumes: {-v: {external: true}}",
+        "services: {a: {image: i, networks: [n]}}\nnetworks: {n: {name: --internal}}",
+    ],
+)
+def test_names_cannot_be_options(text: str, tmp_path: Path) -> None:
+    items = compose.items(text, str(tmp_path / "x.yaml"))
+    made = assess(items, [], policy.NONE, None)
+    assert "begins as an option does" in made.staying[0].blockers[0]
+    assert commands(made.staying[0].item, "container") == []
+
+
 def test_tenants_are_put_together_by_the_policy(found: Assessment) -> None:
     rules = policy.parse(
         "tenants: {hr: {machine: office}, marketing: {machine: office}}", "policy.yaml"

@@ -215,6 +215,9 @@ def _judge(one: Placed) -> None:
     item, answer = one.item, one.advice
     if not answer.boundary:
         one.blockers += answer.conflicts
+    odd = runs.strange(item)
+    if odd:
+        one.blockers.append(f"{odd!r} is no name: it begins as an option does")
     for note in item.notes:
         (one.blockers if _blocks(note) else one.risks).append(note)
     one.risks += answer.warnings

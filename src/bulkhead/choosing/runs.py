@@ -141,8 +141,17 @@ def from_docker(item: Item) -> bool:
     return item.kind == "container" and item.source.startswith(("unix:", "tcp:", "http:", "/"))
 
 
+def strange(item: Item) -> str:
+    """A name of it that a command would take for an option, "" if there is none."""
+    sources = [one.source for one in item.mounts]
+    names = [item.image, *item.networks, *sources, *item.disks]
+    return next((one for one in names if one.startswith("-")), "")
+
+
 def commands(item: Item, boundary: str) -> list[list[str]]:
-    """Everything that brings it up behind the boundary, in order."""
+    """Everything that brings it up behind the boundary, in order; nothing for a strange one."""
+    if strange(item):
+        return []
     if item.kind in ("domain", "disk") or (boundary == "vm" and item.disks):
         return [*networks(item), *machine(item)]
     if not item.image:
