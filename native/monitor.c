@@ -336,9 +336,10 @@ static void settle(int expired)
     }
     for (struct client *c = clients, *next; c; c = next) {
         next = c->next;
+        int member = c->member;
         if (c->dead)
-            forget_client(c);
-        else if (c->member)
+            forget_client(c); /* a member stays known */
+        if (member)
             say_farewell(c);
     }
     if (guest < 0 && stage == ENDING)

@@ -270,10 +270,10 @@ static void on_answer(struct request *r, const struct frame *f, const char *byte
     if (!r || r->done)
         fail("the guest broke the protocol: an answer to nothing");
     struct client *owner = r->owner;
+    if (owner && owner->farewell_id == f->id)
+        end_farewell(owner); /* before it hears of it */
     if (owner)
         send_packet(owner->fd, f->type, r->owner_id, f->arg, bytes, f->length);
-    if (owner && owner->farewell_id == f->id)
-        end_farewell(owner);
     if (r->dropped ? !--r->dropped : !r->is_mount)
         free_request(r);
     else
