@@ -219,7 +219,7 @@ def test_a_dead_client_is_dropped(tmp_path: Path) -> None:
 
 
 def test_output_waits_only_for_clients_that_outlive_their_engine(tmp_path: Path) -> None:
-    script = "read x; echo $x; read y"
+    script = "echo ready; read x; echo $x; read y"
 
     async def main() -> None:
         async with rig(tmp_path, keeper=True) as it:
@@ -230,6 +230,7 @@ def test_output_waits_only_for_clients_that_outlive_their_engine(tmp_path: Path)
                     outs = []
                     for name, (read, _) in inputs.items():
                         await it.run_kept(name, ["/bin/sh", "-c", script], stdin_open=True)
+                        await _logged(it, name, b"ready\n")  # the keeper has it
                         out = Drain()
                         stack.callback(out.close)
                         # The input comes by another client, which stays.
@@ -245,12 +246,12 @@ def test_output_waits_only_for_clients_that_outlive_their_engine(tmp_path: Path)
                         await within(out.ended.wait())
                     for name, (_, write) in inputs.items():
                         os.write(write, f"{name}\n".encode())
-                    await _logged(it, "leaves", b"leaves\n")
+                    await _logged(it, "leaves", b"ready\nleaves\n")
                     if time.monotonic() - begun < ORPHAN_S / 2:
-                        assert await it.logged("returns") == b""
+                        assert await it.logged("returns") == b"ready\n"
                     async with attached(it, "returns") as (back, _, _):
                         await eventually(lambda: back.data == b"returns\n", "it comes back")
-                    await _logged(it, "returns", b"returns\n")
+                    await _logged(it, "returns", b"ready\nreturns\n")
             finally:
                 for pair in inputs.values():
                     for fd in pair:
