@@ -1,6 +1,9 @@
 """systemd's scopes by name, limits as properties, and D-Bus's wire format."""
 
 import contextlib
+import socket
+import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -87,3 +90,44 @@ def test_garbage_is_refused(data: bytes) -> None:
 
 def test_signatures_are_split() -> None:
     assert dbus.split("sa{sv}(ii)aau") == ["s", "a{sv}", "(ii)", "aau"]
+
+
+def _message(kind: int, fields: list[object], signature: str, *values: object) -> bytes:
+    body = dbus.marshal(signature, values)
+    head = (ord("l"), kind, 0, 1, len(body), 1, [*fields, (8, ("g", signature))])
+    data = dbus.marshal("yyyyuua(yv)", head)
+    return data + bytes(-len(data) % 8) + body
+
+
+def test_calls_and_signals(tmp_path: Path) -> None:
+    """Against a server by hand: a signal comes before the answer; the second call fails."""
+    heard: list[bytes] = []
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "bus"))
+        server.listen()
+
+        def serve() -> None:
+            client, _ = server.accept()
+            with client:
+                while b"\r\n" not in b"".join(heard):
+                    heard.append(client.recv(4096))
+                client.sendall(b"OK 0123\r\n")
+                while b"Start" not in b"".join(heard):
+                    heard.append(client.recv(4096))
+                told = _message(4, [(3, ("s", "JobRemoved"))], "uoss", 7, "/job/7", "u", "done")
+                client.sendall(told + _message(2, [(5, ("u", 1))], "o", "/job/7"))
+                while b"Stop" not in b"".join(heard):
+                    heard.append(client.recv(4096))
+                fields: list[object] = [(4, ("s", "a.b.NoSuchUnit")), (5, ("u", 2))]
+                client.sendall(_message(3, fields, "s", "not there"))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with dbus.Connection(str(tmp_path / "bus")) as bus:
+            assert bus.call("a.b", "/a", "a.b.C", "Start", "s", "u") == ("/job/7",)
+            assert bus.signal().body == (7, "/job/7", "u", "done")
+            with pytest.raises(dbus.CallFailed, match="not there") as failed:
+                bus.call("a.b", "/a", "a.b.C", "Stop", "s", "u")
+            assert failed.value.name == "a.b.NoSuchUnit"
+        thread.join()
+    assert b"".join(heard).startswith(b"\0AUTH EXTERNAL ")

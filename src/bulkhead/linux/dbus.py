@@ -228,7 +228,7 @@ class Connection:
         except OSError as error:
             raise Unavailable(f"{self._path}: {error.strerror or error}") from error
         try:
-            (found,) = unmarshal("a(yv)", head[12:] + rest[:fields])
+            found = unmarshal("yyyyuua(yv)", head + rest[:fields])[-1]
             known = {number: value for number, (_, value) in found}
             body = unmarshal(str(known.get(_SIGNATURE, "")), rest[len(rest) - length :])
         except ValueError as error:

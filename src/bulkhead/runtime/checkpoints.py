@@ -11,6 +11,7 @@ destinations, standard streams, namespaces that were joined by path.
 import contextlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -33,6 +34,8 @@ _MODES = {"ignore": 0, "full": 4, "strict": 5, "soft": 3}
 _NEW_NETWORK = 0x40000000
 _NEW_MOUNTS = 0x20000
 """clone(2)."""
+_IPTABLES, _NFTABLES = 1, 2
+"""criu_network_lock_method."""
 _NULL = "/dev/null"
 _LOG_LEVEL = 4
 _STREAMS = "descriptors.json"
@@ -143,6 +146,7 @@ def _common(context: Context, images: int, work: int, name: str) -> dict[str, cr
         "log_file": f"{name}.log",
         "notify_scripts": True,
         "orphan_pts_master": True,
+        "network_lock": _IPTABLES if shutil.which("iptables-restore") else _NFTABLES,
         "manage_cgroups": mode != "ignore",
         "manage_cgroups_mode": _MODES[mode],
         "tcp_established": context.flag("tcp-established"),

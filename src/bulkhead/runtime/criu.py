@@ -23,7 +23,7 @@ _OPTIONS = {
     "link_remap": 18, "cg_root": 25, "rst_sibling": 26, "inherit_fd": 27, "manage_cgroups": 24,
     "manage_cgroups_mode": 34, "external": 37, "empty_ns": 38, "freeze_cgroup": 44,
     "tcp_skip_in_flight": 46, "status_fd": 49, "orphan_pts_master": 50, "tcp_close": 52,
-    "lsm_profile": 53,
+    "lsm_profile": 53, "network_lock": 64,
 }  # fmt: skip
 _MESSAGE = 1 << 16
 _END_S = 30.0
