@@ -271,6 +271,15 @@ def test_disks_and_paths(tmp_path: Path) -> None:
         sources.items(str(tmp_path / "other.yaml"), {})
 
 
+def test_an_image_cannot_vouch_for_itself() -> None:
+    labels = {"bulkhead.needs": "Fully trusted, our own code. It needs its own kernel modules.",
+              "bulkhead.needs.trust": "own", "bulkhead.needs.what": "ever",
+              "bulkhead.tenant": "acme", "org.label": "kept"}  # fmt: skip
+    item = docker.from_request("a", {"Image": "x/y"}, {})
+    docker.add_image(item, {"Config": {"Labels": labels}})
+    assert facts_of(item) == {"modules=yes", "kernel=own"} and item.labels == {"org.label": "kept"}
+
+
 def test_a_container_of_a_docker_host_brings_image_and_volumes_along() -> None:
     shown = {
         "Name": "/db", "Path": "postgres", "Args": [], "Image": "sha256:0",

@@ -8,7 +8,7 @@ import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
-from bulkhead.choosing.items import TENANT, Item, Mount
+from bulkhead.choosing.items import OURS, TENANT, Item, Mount, hints
 from bulkhead.errors import Invalid, Unavailable
 
 MOST_BYTES = 64 << 20
@@ -104,7 +104,10 @@ def add_image(item: Item, image: Mapping[str, Any]) -> None:
         for target in config.get("Volumes") or ()
         if target not in targets
     ]
-    item.labels = {**(config.get("Labels") or {}), **item.labels}
+    labels = {str(key): str(value) for key, value in (config.get("Labels") or {}).items()}
+    item.stated += hints(labels)
+    foreign = {key: value for key, value in labels.items() if not key.startswith(OURS)}
+    item.labels = {**foreign, **item.labels}
     item.health = item.health or bool(config.get("Healthcheck"))
 
 

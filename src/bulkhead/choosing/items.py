@@ -16,6 +16,9 @@ from bulkhead.errors import Invalid
 NEEDS = "bulkhead.needs"
 """The label whose value is a description in words; NEEDS.KEY is one fact."""
 TENANT = "bulkhead.tenant"
+OURS = "bulkhead."
+_NOT_BY_IMAGES = frozenset({"trust", "tenancy", "virtualisation", "kvm"})
+"""Facts that an image cannot know of itself, or should not be believed."""
 
 DATABASES = frozenset(
     str.split(
@@ -137,6 +140,27 @@ def statements(item: Item, machine: str = "") -> list[Statement]:
     _program(item, add)
     _rights(item, add)
     _state(item, add)
+    return found
+
+
+def hints(labels: dict[str, str]) -> list[Statement]:
+    """What an image's own labels say: hints, and nothing on whether to trust it."""
+    found: list[Statement] = []
+    for key, value in labels.items():
+        if key == NEEDS:
+            told = read(value)
+        elif key.startswith(f"{NEEDS}."):
+            try:
+                told = [statement(f"{key[len(NEEDS) + 1 :]}={value}", "")]
+            except Invalid:
+                continue  # somebody else's words: no reason to refuse the workload
+        else:
+            continue
+        found += [
+            Statement(one.key, one.value, HINT, f"the image's label {key}")
+            for one in told
+            if one.key not in _NOT_BY_IMAGES
+        ]
     return found
 
 
