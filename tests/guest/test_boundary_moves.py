@@ -149,7 +149,9 @@ n=0
 while [ ! -e /tmp/stop ]; do
   n=$((n+1))
   insert="insert into lines (n) values ($n) on conflict do nothing"
-  until psql -h db -U postgres -qAtX -c "$insert" 2>>/tmp/errors; do sleep 0.2; done
+  until psql -h db -U postgres -qAtX -c "$insert" 2>>/tmp/errors; do
+    [ -e /tmp/stop ] && exit; sleep 0.2
+  done
   echo $n > /tmp/written
 done
 """

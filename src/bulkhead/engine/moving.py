@@ -19,7 +19,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,7 @@ from bulkhead.errors import (
     Unsupported,
 )
 from bulkhead.images.catalog import Image
-from bulkhead.network.model import AttachRequest
+from bulkhead.network.model import AttachRequest, EndpointRequest
 from bulkhead.store import diff
 
 if TYPE_CHECKING:
@@ -176,6 +176,8 @@ class _Move:
 
     def _marked(self, workload: Workload, how: str) -> None:
         workload.record.moving = how
+        if not how:
+            workload.record.places = {}
         self._engine.workloads.save(workload)
 
     # --- two ways
@@ -200,8 +202,9 @@ class _Move:
         old, engine = self._old, self._engine
         handovers = engine.networks.handovers
         inside = guests.has_disk(old.record)
-        same = self._as_it_is()
-        back.push_async_callback(self._again, same)
+        endpoints = handovers.inherited(engine.attach_request(old), old.id).endpoints
+        old.record.places = dict(endpoints)
+        back.push_async_callback(self._again)
         image = await self._image(back) if inside else None
         twin = await self._twin(back, image)
         if self._wish.to in registry.GUESTS:
@@ -224,11 +227,7 @@ class _Move:
         self._switch(twin, back)
         return twin
 
-    def _as_it_is(self) -> Callable[[AttachRequest], AttachRequest]:
-        """What lets the old one start again with the addresses that it has now."""
-        return _fixed(self._engine, self._old, self._old.id)
-
-    async def _again(self, same: Callable[[AttachRequest], AttachRequest]) -> None:
+    async def _again(self) -> None:
         """The old one runs again."""
         old, engine = self._old, self._engine
         let_go = engine.networks.handovers.let_go(old.id)
@@ -237,7 +236,7 @@ class _Move:
         if let_go:
             engine.networks.release(old.id)
         self._say("going back")
-        old.attaching = same
+        old.attaching = _fixed(old.record.places)
         try:
             await engine.lifecycle.start(old, Start())
         except BulkheadError:
@@ -473,12 +472,10 @@ class _Move:
 
 
 def _fixed(
-    engine: "Engine", workload: Workload, like: str
+    places: Mapping[str, EndpointRequest],
 ) -> Callable[[AttachRequest], AttachRequest]:
-    """What lets a workload start with the addresses that `like` has now."""
-    asked = engine.attach_request(workload)
-    endpoints = engine.networks.handovers.inherited(asked, like).endpoints
-    return lambda request: replace(request, endpoints=endpoints)
+    """What lets a workload start with these addresses."""
+    return lambda request: replace(request, endpoints=places) if places else request
 
 
 def _open_connections(workload: Workload) -> int | None:
@@ -514,9 +511,6 @@ async def recover(engine: "Engine") -> None:
         elif record.moving.startswith("from "):
             old = engine.workloads.by_id(record.moving.removeprefix("from "))
             with contextlib.suppress(BulkheadError):
-                if old is not None:
-                    old.attaching = _fixed(engine, old, record.id)
-            with contextlib.suppress(BulkheadError):
                 await engine.removal.remove(workload, force=True, volumes=False)
             if old is not None:
                 await _returned(engine, old)
@@ -528,7 +522,8 @@ async def recover(engine: "Engine") -> None:
 async def _returned(engine: "Engine", old: Workload) -> None:
     """The old one runs as before."""
     stopped = old.record.moving.startswith("to ") and not old.running
-    old.record.moving = ""
+    old.attaching = _fixed(old.record.places)
+    old.record.moving, old.record.places = "", {}
     engine.workloads.save(old)
     try:
         if stopped:

@@ -15,12 +15,12 @@ import msgspec
 from bulkhead.engine import body
 from bulkhead.errors import Conflict, Invalid, NotFound
 from bulkhead.machines import spec as machine_spec
+from bulkhead.network.model import AttachRequest, EndpointRequest
 from bulkhead.state.database import Database
 
 if TYPE_CHECKING:
     from bulkhead.boundary.seam import Bundle, Instance
     from bulkhead.engine.health import Prober
-    from bulkhead.network.model import AttachRequest
 
 UNKNOWN_EXIT = 255
 RUNNING = frozenset({"running", "paused", "restarting"})
@@ -94,6 +94,8 @@ class Record(msgspec.Struct, omit_defaults=True):
     """Processors of its own, by a reservation of whole ones."""
     moving: str = ""
     """A move that is under way (engine/moving.py): "from ID", "to ID", or "gone"."""
+    places: dict[str, EndpointRequest] = {}
+    """By network: the addresses to start again with if the move fails."""
     emulated: str = ""
     """The architecture of its programs, if it is another machine's."""
 
