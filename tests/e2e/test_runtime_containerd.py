@@ -72,6 +72,8 @@ def test_its_client_takes_it_for_runc(daemon: Containerd, tmp_path: Path) -> Non
                 if given[0] == "run":
                     given[1:1] = ["--runc-binary", name, "--cgroup", f"{path}/one"]
                 done = daemon(*given)
+                if words[:2] == ("task", "wait"):  # which may be told before the state is
+                    until(lambda: "STOPPED" in daemon("task", "ls").out, "its end")
                 text = VARIES.sub("", done.out + done.err)
                 shown[name].append((words, done.code, text.split()))
     assert shown[daemon.runtime] == shown["runc"]

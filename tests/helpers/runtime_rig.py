@@ -102,7 +102,7 @@ class Bundle:
     def planner(self) -> Iterator[int]:
         """A planner for the root while this lasts; its process id."""
         folder = self.state / PLANNER
-        folder.mkdir(mode=0o700, parents=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         environment = {**os.environ, "BULKHEAD_RUNTIME_PLANNER_WATCH": "0"}
         command = [str(NATIVE), "planner", str(folder)]
         with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) as process:
@@ -112,6 +112,8 @@ class Bundle:
                 yield process.pid
             finally:
                 process.terminate()
+                process.wait()
+                socket_.unlink(missing_ok=True)
 
     def create(self, name: str, *options: str) -> None:
         """`create` with the standard streams in files, as a shim has them."""

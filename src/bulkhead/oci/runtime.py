@@ -144,8 +144,8 @@ class Scheduler(_Part):
 class CPUAffinity(_Part):
     """CPU lists ("0-3,7") of an executed process, before and after it joins the cgroup."""
 
-    initial: str = ""
-    final: str = ""
+    initial: Annotated[str, Meta(pattern="^[0-9, -]*$")] = ""
+    final: Annotated[str, Meta(pattern="^[0-9, -]*$")] = ""
 
 
 class Process(_Part):
@@ -174,7 +174,7 @@ class Hook(_Part):
     path: str
     args: list[str] = []
     env: list[str] = []
-    timeout: int | None = None
+    timeout: Annotated[int, Meta(ge=1)] | None = None
 
 
 class Hooks(_Part):
@@ -359,7 +359,7 @@ class SyscallArg(_Part):
 class Syscall(_Part):
     """A rule: what to do on these calls when every condition holds."""
 
-    names: list[str]
+    names: Annotated[list[str], Meta(min_length=1)]
     action: SeccompAction
     errno_ret: Uint32 | None = None
     args: list[SyscallArg] = []
