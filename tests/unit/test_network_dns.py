@@ -86,7 +86,7 @@ def test_links_are_names_for_one_alone() -> None:
     names.put(identity, [{**WEB, "names": ["db", identity[:12]], "ipv4": "10.0.0.5", "ipv6": ""}])
     links = ["DB:Store", f"{identity}:other", "web", "db:web"]
     names.put("asker", [{**WEB, "names": ["asker"], "request": {"links": links}}])
-    db = ([bytes([10, 0, 0, 5])], [])
+    db: tuple[list[bytes], list[bytes]] = ([bytes([10, 0, 0, 5])], [])
     for name in ("store", "other", "web", "db"):
         assert names.find(["n1"], name, "asker") == db
     assert names.find(["n1"], "store") is None
