@@ -3,6 +3,8 @@
 import contextlib
 import os
 from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from bulkhead.boundary import registry
@@ -287,6 +289,11 @@ def check_shared(other: Workload, boundary: str) -> None:
             f"the namespaces of {record.name} are those of its own kernel (boundary "
             f"{record.boundary}): no other workload can join them{where}"
         )
+
+
+def networks() -> ModuleType:
+    """engine/guest_networks.py, which few engines need."""
+    return import_module("bulkhead.engine.guest_networks")
 
 
 def _joins(record: Record) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from bulkhead.engine import body, filters, guest_networks, guests, launching
+from bulkhead.engine import body, filters, guests, launching
 from bulkhead.engine.calls import Call, Params, Table
 from bulkhead.engine.core import Engine
 from bulkhead.engine.records import Workload
@@ -167,10 +167,11 @@ async def connect(engine: Engine, params: Connect, call: Call) -> dict[str, Any]
             with _following_files(engine, workload):
                 if guests.is_guest(record):
                     request = _request(settings)
-                    await guest_networks.connect(engine, workload, found["Name"], request)
+                    await guests.networks().connect(engine, workload, found["Name"], request)
                 else:
                     engine.networks.connect(record.id, found["Name"], _request(settings))
-            await guest_networks.follow(engine, workload)
+            if guests.is_guest(record):
+                await guests.networks().follow(engine, workload)
             await engine.processes.sync_helpers()
             engine.tend_networks()
         record.networks[found["Name"]] = settings
@@ -221,10 +222,11 @@ async def disconnect(engine: Engine, params: Disconnect, call: Call) -> dict[str
         if workload.running:
             with _following_files(engine, workload):
                 if guests.is_guest(record):
-                    await guest_networks.disconnect(engine, workload, found["Name"])
+                    await guests.networks().disconnect(engine, workload, found["Name"])
                 else:
                     engine.networks.disconnect(record.id, found["Name"])
-            await guest_networks.follow(engine, workload)
+            if guests.is_guest(record):
+                await guests.networks().follow(engine, workload)
             await engine.processes.sync_helpers()
             engine.tend_networks()
         del record.networks[key]
