@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from tests.helpers.engine_rig import Rig
 from tests.helpers.residue import residue
 from tests.helpers.waiting import until
 
-JOINED = {"NetworkMode": "container:first"}
+JOINED: dict[str, Any] = {"NetworkMode": "container:first"}
 
 
 def _missing(boundary: str) -> str:
@@ -130,7 +131,7 @@ def test_an_engine_that_comes_back_knows_them(rig: Rig, boundary: str, first: st
 
 def test_a_volume_is_the_same_for_all(rig: Rig, boundary: str, first: str) -> None:
     rig.call("workload.remove", id="first", force=True)
-    binds = {"Binds": ["pool:/pool"]}
+    binds: dict[str, Any] = {"Binds": ["pool:/pool"]}
     rigs.start(rig, "first", "sleep 1000", boundary=boundary, **binds)
     rigs.start(rig, "other", "echo one > /pool/a; sleep 1000", boundary=boundary, **binds, **JOINED)
     read = functools.partial(rigs.execute, rig, "first", ["cat", "/pool/a"])
