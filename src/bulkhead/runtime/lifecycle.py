@@ -399,7 +399,8 @@ def kill(records: Records, identity: str, number: int, *, everyone: bool) -> Non
             raise Conflict("container not running")
         pidfd.send_signal(process, number)
     if number == signal.SIGKILL:
-        group = load(records, record).group
+        # Whoever waits for its end may have removed the container by now.
+        group = cgroups.detect().open(record.cgroup)
         if group.frozen():
             group.thaw()
 
