@@ -11,6 +11,8 @@ from bulkhead.choosing import costs
 from bulkhead.comparing import metrics, model, page, plots, quoted, samples
 from bulkhead.errors import Invalid, NotFound
 from bulkhead.home import Home
+from bulkhead.isolation.seccomp import describe
+from bulkhead.linux import seccomp as kernel
 
 
 def comparison(**host: str) -> model.Comparison:
@@ -180,3 +182,17 @@ def test_every_metric_is_explained_once() -> None:
     keys = [metric.key for metric in metrics.METRICS]
     assert len(set(keys)) == len(keys)
     assert all(len(metric.explains) > 15 for metric in metrics.METRICS)
+
+
+def test_what_a_filter_lets_through_is_found_whatever_its_form() -> None:
+    allow, deny = (kernel.RET_K, 0, 0, kernel.RET_ALLOW), (kernel.RET_K, 0, 0, kernel.RET_ERRNO)
+    number = (kernel.LD_W_ABS, 0, 0, kernel.OFFSET_NUMBER)
+    calls = kernel.numbers("x86_64")
+    assert describe.passes(kernel.pack([allow]), "x86_64") == set(calls)
+    assert describe.passes(kernel.pack([deny]), "x86_64") == set()
+    but_open = [number, (kernel.JMP_JEQ_K, 1, 0, calls["openat"]), allow, deny]
+    assert describe.passes(kernel.pack(but_open), "x86_64") == calls.keys() - {"openat"}
+    argument = (kernel.LD_W_ABS, 0, 0, kernel.OFFSET_ARGUMENTS)
+    some = [number, (kernel.JMP_JEQ_K, 0, 3, calls["socket"]), argument,
+            (kernel.JMP_JEQ_K, 0, 1, 1), allow, deny]  # fmt: skip
+    assert describe.passes(kernel.pack(some), "x86_64") == {"socket"}

@@ -12,7 +12,7 @@ from typing import IO
 LIMIT_S = 120.0
 """No single command of a comparison takes longer, unless it hangs."""
 
-_SPOKEN = re.compile(rb"(?:^|\n)1\r?\n")
+_SPOKEN = re.compile(rb"(?:^|[^0-9A-Za-z])1\r?\n")
 """The probe's line on a console that others write to as well."""
 
 
@@ -105,8 +105,10 @@ def _until_spoken(stream: IO[bytes], start: float, console: bool, what: str) -> 
         piece = _piece(stream, start, what)
         moment = time.perf_counter()
         text = text[-4096:] + piece
-        if not piece or not console or _SPOKEN.search(text):
+        if not console or _SPOKEN.search(text):
             return moment
+        if not piece:
+            raise FailedError(f"{what}: ended without a word of the workload")
 
 
 def spoken(process: "subprocess.Popen[bytes]") -> None:

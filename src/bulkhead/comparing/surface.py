@@ -24,16 +24,6 @@ def known() -> int:
     return len(seccomp.numbers(_ARCHITECTURE))
 
 
-def _passes(program: bytes) -> set[str]:
-    """The calls that a filter lets through, at least for some arguments."""
-    rules = describe.describe(program)[_ARCHITECTURE]
-    found = {
-        name for action in ("allow", "log and allow", "notify") for name in rules.get(action, ())
-    }
-    found |= {line.partition(":")[0] for line in rules.get("by arguments", ())}
-    return found & seccomp.numbers(_ARCHITECTURE).keys()
-
-
 def _of_thread(thread: int) -> set[str] | None:
     """What that thread may call; None if it cannot be asked, since its own kernel traces it."""
     with open(f"/proc/{thread}/status", encoding="utf-8", errors="replace") as file:
@@ -50,7 +40,7 @@ def _of_thread(thread: int) -> set[str] | None:
     with ThreadPoolExecutor(1, thread_name_prefix="surface") as tracer:
         filters = tracer.submit(seccomp.installed, thread).result()
     for program in filters:
-        everything &= _passes(program)
+        everything &= describe.passes(program, _ARCHITECTURE)
     return everything
 
 

@@ -84,6 +84,29 @@ def describe(program: bytes) -> dict[str, dict[str, list[str]]]:
     return result
 
 
+_LETTING = (kernel.RET_ALLOW, kernel.RET_LOG, kernel.RET_USER_NOTIF, kernel.RET_TRACE)
+
+
+def passes(program: bytes, architecture: str) -> set[str]:
+    """The calls of `architecture` that the filter lets through, for some arguments at least.
+
+    What a supervisor or tracer decides about counts as let through. Invalid as for `describe`.
+    """
+    try:
+        instructions = kernel.unpack(program)
+    except ValueError as error:
+        raise Invalid(f"seccomp: {error}") from None
+    token = kernel.ARCHITECTURES[architecture]
+    return {
+        name
+        for name, number in kernel.numbers(architecture).items()
+        if any(
+            word & kernel.RET_ACTION_FULL in _LETTING
+            for _, word in _outcome(instructions, token, number)
+        )
+    }
+
+
 def _all_equal(instructions: list[kernel.Instruction], token: int) -> bool:
     """Whether the program treats `token` as it treats an architecture that does not exist."""
     marks = _boundaries(instructions)
