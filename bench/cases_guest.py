@@ -359,7 +359,7 @@ def guest_kvm(rig: "Rig") -> "Result":
     told = [one for one in doctor if "microvm" in json.dumps(one)]
     text = json.dumps(told)
     if "kvm" not in text or "tcg" in text:
-        rig.facts["KVM"] = "not measured: " + (told[0].get("Detail", "") if told else "no microvm")
+        rig.facts["KVM"] = "not measured: " + (told[0].get("detail", "") if told else "no microvm")
         return {}
     series = interleaved(
         {"ours": lambda: timed([rig.ours.program, *_guest("microvm", "true")], rig.ours.env)}, 20

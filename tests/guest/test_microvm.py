@@ -1,5 +1,6 @@
 """MicroVMs under QEMU: booted, cloned, each with an identity of its own."""
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -85,3 +86,45 @@ def test_a_template_outlives_its_engine_and_nobody_else_can_read_it(here: Instal
     assert {name: info.st_ino for name, info in after.items()} == {
         name: info.st_ino for name, info in found.items()
     }
+
+
+def test_an_idle_guest_does_not_tick(here: Installation) -> None:
+    """Its kernel's clock stops when it has nothing to do: what many idle guests cost."""
+    script = "until grep -q 'nohz_mode *: 2' /proc/timer_list; do sleep 0.1; done; echo stopped"
+    assert run(here, "--privileged", "busybox", "sh", "-c", script).ok().line == "stopped"
+
+
+def test_nothing_of_its_kernels_protection_is_turned_off(here: Installation) -> None:
+    words = run(here, "busybox", "cat", "/proc/cmdline").ok().out.split()
+    assert "noreplace-smp" in words
+    forbidden = ("mitigations", "spectre", "nopti", "pti=", "init_on_alloc", "rodata", "nosmep")
+    assert not [word for word in words if word.startswith(forbidden)]
+
+
+def test_memory_is_given_back_and_taken_again(here: Installation) -> None:
+    """By the balloon; what the workload then needs it gets from it again."""
+    fill = "head -c %d /dev/zero > /dev/shm/x; rm /dev/shm/x"
+    words = ("--name", "breath", "--shm-size", "150m", "--memory", "256m", "busybox")
+    script = f"{fill % (120 << 20)}; echo filled; exec sleep 1000"
+    here.cli("run", "-d", "--boundary", "microvm", *words, "sh", "-c", script).ok()
+
+    def used() -> int:
+        """Bytes of the jail, as the host counts them."""
+        stats = here.cli("stats", "--no-stream", "--format", "{{json .}}", "breath").ok().line
+        return _bytes(json.loads(stats)["MemUsage"].partition(" ")[0])
+
+    until(lambda: here.cli("logs", "breath").ok().out == "filled\n", "it has used memory")
+    before = used()
+    here.cli("update", "--memory", "112m", "--memory-swap", "-1", "breath").ok()
+    until(lambda: used() < before - (40 << 20), "it is the host's again")
+    here.cli("exec", "breath", "sh", "-c", fill % (40 << 20)).ok()
+    here.cli("update", "--memory", "256m", "--memory-swap", "-1", "breath").ok()
+    shown = here.cli("exec", "breath", "cat", "/sys/fs/cgroup/memory.max").ok().line
+    assert shown == str(256 << 20)
+    here.cli("update", "--memory", "300m", "--memory-swap", "-1", "breath").failed(1, "restart")
+    here.cli("rm", "-f", "breath").ok()
+
+
+def _bytes(text: str) -> int:
+    number = text.rstrip("KMGTiB")
+    return int(float(number) * 1024 ** " KMGT".index(text[len(number) :][:1] or " "))

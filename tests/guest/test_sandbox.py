@@ -5,6 +5,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,3 +95,23 @@ def test_a_disk_has_its_quota_and_grows_with_use(rig: Rig) -> None:
     assert info.st_size == 10 << 30
     assert info.st_blocks * 512 < 32 << 20
     rig.call("workload.remove", id="small", force=True)
+
+
+def _said(rig: Rig, name: str, script: str, **host: Any) -> list[str]:
+    rigs.start(rig, name, script, boundary="sandbox", **host)
+    rig.call("workload.wait", id=name)
+    said = rigs.logs(rig, name).decode().splitlines()
+    rig.call("workload.remove", id=name, force=True)
+    return said
+
+
+def test_the_kernel_starts_no_helper_programs(rig: Rig) -> None:
+    """Each would be a fork of the whole kernel, a hundred of them at boot."""
+    script = 'for f in hotplug modprobe; do echo "$f=$(cat /proc/sys/kernel/$f)"; done'
+    assert _said(rig, "helpers", script) == ["hotplug=", "modprobe="]
+
+
+def test_fuse_is_there_for_who_can_mount_it(rig: Rig) -> None:
+    script = "grep -c fuse /proc/filesystems"
+    assert _said(rig, "plain", script) == ["0"]
+    assert _said(rig, "mighty", script, Privileged=True)[0] != "0"
