@@ -11,6 +11,8 @@ from bulkhead.errors import Invalid
 from bulkhead.images.catalog import Image
 
 METHODS = Table()
+_AT_ONCE = 100
+"""So many images whose descriptions are in memory are listed without a thread."""
 _CHUNK = 1 << 20
 
 
@@ -104,6 +106,10 @@ class Login(Params, frozen=True):
 @METHODS.method("image.list", List)
 async def list_(engine: Engine, params: List, call: Call) -> list[dict[str, Any]]:
     """Docker's ImageSummary list."""
+    if not params.filters and not params.shared_size:
+        count = engine.images.catalog.described()
+        if count is not None and count <= _AT_ONCE:
+            return engine.images.list(all_=params.all)
     users = engine.image_users()
     return await engine.blocking(
         lambda: engine.images.list(

@@ -98,6 +98,13 @@ class Catalog:
             images[identity] = self._describe(identity, snapshot.by_image[identity])
         return images[identity]
 
+    def described(self) -> int | None:
+        """How many images there are, if `image` needs no file for any of them; else None."""
+        snapshot = self.names.read()
+        known, images = self._images
+        whole = known is snapshot and len(images) == len(snapshot.by_image)
+        return len(images) if whole else None
+
     def _describe(self, identity: str, entries: list[Entry]) -> Image:
         config = self.config(identity)
         names = sorted(e.reference.familiar for e in entries if e.reference and e.reference.tag)
