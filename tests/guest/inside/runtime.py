@@ -43,16 +43,14 @@ def _scoped(spec: dict[str, Any]) -> None:
 
 
 def create(bundle: Bundle, *words: str) -> None:
-    with open(bundle.folder / "out", "wb") as out:
+    """Its streams are files: the container has them as long as it lives."""
+    said = bundle.folder / "said"
+    with open(bundle.folder / "out", "wb") as out, said.open("wb") as err:
         command = bundle.command("--systemd-cgroup", "create", "--bundle", str(bundle.path), *words)
         done = subprocess.run(
-            [*command, "one"],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.PIPE,
-            check=False,
+            [*command, "one"], stdin=subprocess.DEVNULL, stdout=out, stderr=err, check=False
         )
-    assert done.returncode == 0, done.stderr.decode()
+    assert done.returncode == 0, said.read_text()
 
 
 def file(bundle: Bundle, name: str) -> str:
@@ -107,7 +105,9 @@ def test_a_restored_container_is_a_scope(bundle: Bundle, tmp_path: Path) -> None
     with open(bundle.folder / "out", "ab") as out:
         before = (bundle.folder / "out").read_text().split()
         command = bundle.command(*words, "--bundle", str(bundle.path), "one")
-        subprocess.run(command, stdin=subprocess.DEVNULL, stdout=out, check=True)
+        subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL, check=True
+        )
     assert shown("ActiveState") == "active"
     assert file(bundle, "memory.max") == str(64 * MIB)
     count = len(before)
