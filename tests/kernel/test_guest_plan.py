@@ -123,7 +123,7 @@ def test_exec_is_inside(tmp_path: Path, machine: Machine) -> None:
     process = default_spec(["sh", "-c", "hostname; cat; ps | grep -c sleep; exit 4"]).process
     assert process is not None
     process.rlimits = [Rlimit("RLIMIT_NOFILE", 1000, 1000)]
-    joined = plan.exec_(wanted, process, terminal=False, cgroups=False)
+    joined = plan.exec_(wanted, process, terminal=False, group="")
     with Monitor(tmp_path / "monitor", planned.frames, vmm=vmm(tmp_path)) as monitor:
         assert monitor.report().type == Type.STARTED
         running = monitor.exec(joined.frames)
