@@ -38,7 +38,7 @@ _IDENTITY = (
     _O("--pull", "string", "Pull image before running", default="missing",
        choices=("always", "missing", "never")),
     _O("-q, --quiet", "bool", "Suppress the pull output"),
-    _O("--boundary", "string", "What isolates it: container, sandbox, microvm, vm, vm:NAME, or auto"),
+    _O("--boundary", "string", "What isolates it: container, sandbox, microvm, vm, vm:NAME, auto"),
     _O("--kernel", "string", "Guest kernel, for boundaries with a kernel of their own"),
     _O("--tenant", "string", "Whose it is: strangers share no guest, no machine, no namespaces"),
     _O("--runtime", "string", "Same as --boundary, for docker's sake"),
