@@ -68,7 +68,7 @@ def test_each_has_its_files_limits_logs_and_end(
     rig: Rig, boundary: str, first: str, tmp_path: Path
 ) -> None:
     (tmp_path / "note").write_text("from the host\n")
-    script = "cat /host/note; echo back > /host/answer; echo mine > /own; exec sleep 1000"
+    script = "cat /host/note; echo back > /host/answer; test -e /own || echo mine > /own; exec sleep 1000"
     other = rigs.start(
         rig, "other", script, boundary=boundary,
         Binds=[f"{tmp_path}:/host"], Memory=64 << 20, PidsLimit=50, **JOINED,
@@ -96,7 +96,8 @@ def test_each_has_its_files_limits_logs_and_end(
 def test_they_end_with_the_guest_and_keep_what_they_wrote(
     rig: Rig, boundary: str, first: str
 ) -> None:
-    rigs.start(rig, "other", "echo kept > /file; sleep 1000", boundary=boundary, **JOINED)
+    script = "test -e /file || echo kept > /file; sleep 1000"
+    rigs.start(rig, "other", script, boundary=boundary, **JOINED)
     until(lambda: rigs.execute(rig, "other", ["cat", "/file"])[1] == b"kept\n", "it has written")
     rig.call("workload.stop", id="first", timeout_s=0)
     assert rig.call("workload.wait", id="other", condition="not-running")["StatusCode"] == 137

@@ -135,6 +135,7 @@ class MicrovmBoundary(GuestBoundary):
             )
             # QEMU has had that file open, and goes on: what it could still write is no snapshot.
             sparse.copy_file(scratch, f"{directory}/{SAVED_IMAGE}")
+            os.chmod(f"{directory}/{SAVED_IMAGE}", 0o600)
 
     def plugs(self, pid: int, cards: int) -> hotplug.Plugs:
         """The places of its template that are empty."""
