@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.containerd import Containerd, containerd, group
+from tests.helpers.containerd import Containerd, containerd, group, measures
 from tests.helpers.cri import EXITED, RUNNING, Cri
 from tests.helpers.registry import need
 from tests.helpers.residue import residue
@@ -118,7 +118,8 @@ def test_a_pod_of_kubernetes(daemon: Containerd, tmp_path: Path) -> None:
                 "out\n",
                 "err\n",
             )
-            assert 0 < cri.memory(one) <= 32 << 20
+            if measures():
+                assert 0 < cri.memory(one) <= 32 << 20
             cri.call("UpdateContainerResources", {1: one, 2: {4: 48 << 20}})
             cri.call("StopContainer", {1: one, 2: 60})
             assert cri.status(one) == (EXITED, 3)

@@ -43,20 +43,6 @@ _DISABLED = (
     "io.containerd.internal.v1.opt",
 )
 _INIT = """
-cgroups=/sys/fs/cgroup
-if test -e $cgroups/memory; then  # its statistics want all that is in /proc/self/cgroup
-    mkdir "$PLACE/hierarchies"
-    mount --rbind $cgroups "$PLACE/hierarchies" && mount -t tmpfs tmpfs $cgroups
-    for folder in "$PLACE"/hierarchies/*/; do
-        name=$(basename "$folder")
-        mkdir "$cgroups/$name" && mount --bind "$folder" "$cgroups/$name"
-    done
-    for name in $(tail -n +2 /proc/cgroups | while read name number _; do
-        test $number = 0 || echo $name; done); do
-        test -e $cgroups/$name && continue
-        mkdir $cgroups/$name && mount -t cgroup -o $name $name $cgroups/$name
-    done
-fi
 trap 'kill -TERM $daemon' TERM
 trap 'kill -TERM $daemon; wait $daemon; "$@" & daemon=$!' HUP
 "$@" & daemon=$!
@@ -117,10 +103,7 @@ def containerd(folder: Path, runtime: str) -> Iterator[Containerd]:
     command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     command += ["sh", "-c", _INIT, "sh", "containerd", "--config", str(config)]
     with (folder / "log").open("wb") as log:
-        environment = {**os.environ, "PLACE": str(folder)}
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     made = Containerd(folder, runtime, process)
     try:
         until(lambda: not made("version").code or process.poll() is not None, "containerd", 120)
@@ -139,6 +122,14 @@ def containerd(folder: Path, runtime: str) -> Iterator[Containerd]:
     finally:
         process.kill()  # its first process goes with it, and all others
         process.wait()
+
+
+def measures() -> bool:
+    """Whether its statistics work here: it wants all of /proc/self/cgroup to be mounted."""
+    mounts = Path("/proc/self/mountinfo").read_text()
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    names = [line.split(":")[1].removeprefix("name=") for line in lines]
+    return all(f"/sys/fs/cgroup/{name} " in mounts for name in names if name)
 
 
 @contextlib.contextmanager
