@@ -68,7 +68,8 @@ def test_each_has_its_files_limits_logs_and_end(
     rig: Rig, boundary: str, first: str, tmp_path: Path
 ) -> None:
     (tmp_path / "note").write_text("from the host\n")
-    script = "cat /host/note; echo back > /host/answer; test -e /own || echo mine > /own; exec sleep 1000"
+    script = "cat /host/note; echo back > /host/answer; test -e /own || echo mine > /own; "
+    script += "exec sleep 1000"
     other = rigs.start(
         rig, "other", script, boundary=boundary,
         Binds=[f"{tmp_path}:/host"], Memory=64 << 20, PidsLimit=50, **JOINED,
