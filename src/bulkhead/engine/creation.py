@@ -114,6 +114,8 @@ def bare(
     guests.check(record)
     engine.reservations.check_processors(record)
     record.name = _name(engine, name)
+    # Its disks are made before it is on record: nobody may clear its directories away meanwhile.
+    engine.spares.touch(record.id)
     return record, warnings
 
 

@@ -170,6 +170,7 @@ async def restore(engine: "Engine", name: str, new_name: str = "") -> Workload:
     with contextlib.ExitStack() as undo:
         for own in (engine.home.workload(record.id), engine.home.workload_run(record.id)):
             undo.callback(delete_tree, own)
+        engine.spares.touch(record.id)  # nobody may clear its directories away meanwhile
         launching.make_directories(engine.home, record.id)
         disk = f"{engine.home.workload(record.id)}/{_DISK}"
         try:
