@@ -527,6 +527,8 @@ async def _returned(engine: "Engine", old: Workload) -> None:
     engine.workloads.save(old)
     try:
         if stopped:
+            with contextlib.suppress(BulkheadError):  # its last run, as the holder remembers it
+                await engine.processes.forget(old.id)
             await engine.lifecycle.start(old, Start())
         elif old.running:
             engine.networks.handovers.lift(old.id)
