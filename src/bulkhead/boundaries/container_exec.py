@@ -43,17 +43,7 @@ def exec_template(
     program, fds = Program(), FdTable()
     common.plan_streams(program, fds)
     program.call("become undumpable", "prctl", prctl.SET_DUMPABLE, 0, 0, 0, 0)
-    affinity = process.exec_cpu_affinity
-    if affinity is None and spec.process is not None:
-        affinity = spec.process.exec_cpu_affinity
-    if affinity is not None:  # on v2 the child is born in the group: what that allows counts
-        credentials.plan_affinity(program, affinity.initial)
-    for position in range(joins):
-        fd = fds.fd(f"join{position}")
-        program.call("join the control group", "write", fd, b"0", 1)
-    common.plan_group(program, group)
-    if affinity is not None:
-        credentials.plan_affinity(program, affinity.final)
+    _plan_group(program, fds, spec, process, joins=joins, group=group)
     wanted = process.oom_score_adj
     if wanted is None and spec.process is not None:
         wanted = spec.process.oom_score_adj
@@ -92,3 +82,20 @@ def exec_template(
     )
     common.plan_exec(program, process, common.candidates(process))
     return Template(program.compile(), tuple(fds.keys), 0)
+
+
+def _plan_group(
+    program: Program, fds: FdTable, spec: Spec, process: Process, *, joins: int, group: str
+) -> None:
+    """Join the control group, on the processors for before and after."""
+    affinity = process.exec_cpu_affinity
+    if affinity is None and spec.process is not None:
+        affinity = spec.process.exec_cpu_affinity
+    if affinity is not None:  # on v2 the child is born in the group: what that allows counts
+        credentials.plan_affinity(program, affinity.initial)
+    for position in range(joins):
+        fd = fds.fd(f"join{position}")
+        program.call("join the control group", "write", fd, b"0", 1)
+    common.plan_group(program, group)
+    if affinity is not None:
+        credentials.plan_affinity(program, affinity.final)
