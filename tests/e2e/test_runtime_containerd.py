@@ -74,7 +74,8 @@ def test_its_client_takes_it_for_runc(daemon: Containerd, tmp_path: Path) -> Non
                 done = daemon(*given)
                 if words[:2] == ("task", "wait"):  # which may be told before the state is
                     until(lambda: "STOPPED" in daemon("task", "ls").out, "its end")
-                text = VARIES.sub("", done.out + done.err)
+                # Its client sometimes loses what an exec printed, with runc as well.
+                text = VARIES.sub("", done.err if "exec" in words else done.out + done.err)
                 shown[name].append((words, done.code, text.split()))
     assert shown[daemon.runtime] == shown["runc"]
 

@@ -136,5 +136,7 @@ def measures() -> bool:
 def group() -> Iterator[str]:
     """The path of a control group for containers; it is gone afterwards."""
     path = f"/bh-containerd-{os.getpid()}-{time.monotonic_ns()}"
-    yield path
-    remove_groups(path)
+    try:
+        yield path
+    finally:
+        remove_groups(path)

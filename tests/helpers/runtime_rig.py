@@ -108,9 +108,12 @@ class Bundle:
         with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) as process:
             socket_ = folder / str(os.stat("/proc/self/ns/mnt").st_ino)
             until(lambda: socket_.exists() or process.poll() is not None, "the planner's socket")
+            # Commands that come as it ends start none themselves.
+            os.environ["BULKHEAD_RUNTIME_PLANNER"] = "1"
             try:
                 yield process.pid
             finally:
+                del os.environ["BULKHEAD_RUNTIME_PLANNER"]
                 process.terminate()
                 process.wait()
                 socket_.unlink(missing_ok=True)

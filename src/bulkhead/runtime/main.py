@@ -120,7 +120,7 @@ def entry(native: str) -> None:
         sys.stderr.flush()
     except OSError:
         code = code or 1
-    if os.environ.get("BULKHEAD_RUNTIME_PLANNER") != "0":
+    if os.environ.get("BULKHEAD_RUNTIME_PLANNER") not in ("0", "1"):
         start_planner(native, words)
     os._exit(code)
 
