@@ -26,7 +26,7 @@ from bulkhead.boundaries.container_process import candidates
 from bulkhead.boundary.failures import EXEC, launch_failure
 from bulkhead.boundary.registry import Services
 from bulkhead.boundary.seam import Bundle, Rootfs, Stdio
-from bulkhead.errors import Conflict, Internal, Invalid, NotFound
+from bulkhead.errors import Conflict, Internal, Invalid, NotFound, Unavailable
 from bulkhead.isolation import mounts
 from bulkhead.isolation.cgroups import manager as cgroups
 from bulkhead.linux import openat2, pidfd, procfs
@@ -427,7 +427,10 @@ def _delete(records: Records, identity: str, *, force: bool, warn: Warn) -> None
             _await_end(record)
         group.delete()
     if record.unit:
-        scopes.stop(record.unit)
+        try:
+            scopes.stop(record.unit)
+        except Unavailable as error:  # its processes and its group are gone: that is what counts
+            warn(f"{record.unit}: {error}")
     declared = (records.spec(identity).hooks if record.pid else None) or Hooks()
     point = hooks.Point("poststop", declared.poststop, hooks.outside)
     point.try_(state(record, "stopped"), warn)

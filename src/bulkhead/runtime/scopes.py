@@ -108,10 +108,10 @@ def start(scope: Scope, pid: int, identity: str, resources: Resources | None) ->
 
 
 def stop(unit: str) -> None:
-    """End a scope; nothing if it is gone, as it is once its last process has ended."""
+    """Have systemd forget a scope whose group is gone; nothing if it has. Not waited for."""
     with dbus.Connection(_SOCKET) as manager:
         try:
-            _finish(manager, _call(manager, "StopUnit", "ss", unit, "replace"), unit)
+            _call(manager, "StopUnit", "ss", unit, "replace")
             _call(manager, "ResetFailedUnit", "s", unit)
         except dbus.CallFailed as error:
             if error.name not in _GONE:

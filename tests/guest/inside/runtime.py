@@ -80,7 +80,7 @@ def test_a_container_is_a_scope(bundle: Bundle) -> None:
     bundle.call("kill", "one", "KILL")
     until(lambda: bundle.status("one") == "stopped", "its end")
     bundle.call("delete", "one")
-    assert shown("LoadState") == "not-found"
+    until(lambda: shown("LoadState") == "not-found", "systemd forgets it")
     assert not Path(f"/sys/fs/cgroup{path}").exists()
 
 
@@ -100,7 +100,7 @@ def test_a_restored_container_is_a_scope(bundle: Bundle, tmp_path: Path) -> None
     images = ("--image-path", str(tmp_path / "images"))
     until(lambda: (bundle.folder / "out").read_text().count("\n") > 3, "it counts")
     bundle.call("--criu", criu.program(), "checkpoint", *images, "one")
-    assert shown("LoadState") == "not-found"
+    until(lambda: shown("LoadState") == "not-found", "systemd forgets it")
     words = ("--criu", criu.program(), "--systemd-cgroup", "restore", "--detach", *images)
     with open(bundle.folder / "out", "ab") as out:
         before = (bundle.folder / "out").read_text().split()
