@@ -57,16 +57,20 @@ def extract(stream: IO[bytes], place: Place, *, keep_owner: bool) -> None:
             if not inner:
                 continue
             path = f"{root}/{inner}"
-            parent = os.path.realpath(os.path.dirname(path))
-            if parent != root and not parent.startswith(root.rstrip("/") + "/"):
-                raise Invalid(f"the archive's {member.name!r} goes through a link to outside")
+            _check_parent(path, member, root)
             _member(archive, member, path, place, root)
             if member.isdir():
                 folders.append((path, member))
-            else:
+            elif not member.islnk():  # which has those of what it is; a link's would be its aim's
                 _attributes(path, member, keep_owner=keep_owner)
     for path, member in reversed(folders):
         _attributes(path, member, keep_owner=keep_owner)
+
+
+def _check_parent(path: str, member: tarfile.TarInfo, root: str) -> None:
+    parent = os.path.realpath(os.path.dirname(path))
+    if parent != root and not parent.startswith(root.rstrip("/") + "/"):
+        raise Invalid(f"the archive's {member.name!r} goes through a link to outside")
 
 
 def _member(
@@ -85,7 +89,9 @@ def _member(
     if member.issym():
         os.symlink(member.linkname, path)
     elif member.islnk():
-        os.link(f"{root}/{_renamed(member.linkname, place)}", path, follow_symlinks=False)
+        known = f"{root}/{_renamed(member.linkname, place)}"
+        _check_parent(known, member, root)
+        os.link(known, path, follow_symlinks=False)
     elif member.isreg():
         data = archive.extractfile(member)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -103,7 +109,10 @@ def _attributes(path: str, member: tarfile.TarInfo, *, keep_owner: bool) -> None
     if keep_owner:
         os.chown(path, member.uid, member.gid, follow_symlinks=False)
     if not member.issym():
-        os.chmod(path, member.mode)
+        mode = member.mode
+        if not keep_owner and (member.uid, member.gid) != (os.geteuid(), os.getegid()):
+            mode &= ~(stat.S_ISUID | stat.S_ISGID)  # it would lend the rights of somebody else
+        os.chmod(path, mode)
     os.utime(path, (member.mtime, member.mtime), follow_symlinks=False)
 
 
