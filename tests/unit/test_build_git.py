@@ -64,6 +64,9 @@ def test_what_no_process_is_given(text: str) -> None:
 
 
 def test_passwords_are_not_shown() -> None:
-    assert redacted("ADD https://me:secret@h/a.git /x") == "ADD https://me:xxxxx@h/a.git /x"
+    assert redacted("ADD https://me:s@t@h/a.git /x") == "ADD https://xxxxx:xxxxx@h/a.git /x"
+    assert redacted("https://token@h/a.git") == "https://xxxxx@h/a.git"
+    assert redacted("ssh://git@h/a https://i/@x") == "ssh://git@h/a https://i/@x"
+    assert redacted("ssh://git:secret@h/a") == "ssh://git:xxxxx@h/a"
     assert redacted("https://h:80/a@b") == "https://h:80/a@b"
     assert parse("https://h/x/app.git#a").name == parse("git@h:x/app.git").name == "app"

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from bulkhead.build import git
 from bulkhead.build.trees import Tree
 from bulkhead.images.assemble import Stored
 from bulkhead.images.timestamps import now
@@ -102,7 +103,7 @@ def provenance(builder: "Builder", state: "State") -> dict[str, Any]:
         "invocation": {
             "configSource": {
                 "entryPoint": document.source.name,
-                "uri": options.source,
+                "uri": git.redacted(options.source),
                 "digest": {"sha256": hashlib.sha256(text).hexdigest()},
             },
             "parameters": {

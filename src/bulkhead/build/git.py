@@ -22,13 +22,15 @@ from bulkhead.errors import Invalid, NotFound, Unavailable, Unsupported
 TOKEN = "GIT_AUTH_TOKEN"  # noqa: S105 - the name of one
 """The secret that BuildKit's users give for private repositories."""
 _SCP = re.compile(r"[a-zA-Z0-9_.-]+@[a-zA-Z0-9_.-]+:(?!//)")
+_USER = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://([^/?#\s]*)@")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _PROTOCOLS = "http:https:ssh:git"
 _PROXIES = frozenset(
     word for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
     for word in (name, name.upper())
 )  # fmt: skip
-_SSH = "ssh -F /dev/null -o BatchMode=yes"
+_SSH = "ssh -F /dev/null -o BatchMode=yes -o IdentityFile=none"
+"""With the keys of the agent that was given, never with those of the engine's user."""
 _SHOWN = 2000
 
 
@@ -84,8 +86,15 @@ def parse(text: str) -> Repository:
 
 
 def redacted(text: str) -> str:
-    """A URL without the password in it."""
-    return re.sub(r"(://[^/@:\s]*):[^/@\s]*@", r"\1:xxxxx@", text)
+    """A text without the passwords in its URLs; with HTTP the user's name may be a token, too."""
+    return _USER.sub(_masked, text)
+
+
+def _masked(found: re.Match[str]) -> str:
+    scheme, (user, colon, _) = found[1], found[2].partition(":")
+    if scheme.lower() in ("http", "https"):
+        user = "xxxxx"
+    return f"{scheme}://{user}{colon}{'xxxxx' if colon else ''}@"
 
 
 class Fetcher:
@@ -183,8 +192,9 @@ class Fetcher:
             settings[f"http.{server}.extraHeader"] = f"Authorization: basic {given}"
         found = {name: value for name, value in os.environ.items() if name in _PROXIES}
         found |= {
-            "PATH": os.environ.get("PATH", os.defpath), "HOME": "/root", "LC_ALL": "C",
-            "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": "/dev/null",
+            "PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C",
+            "HOME": "/nonexistent",  # where there is no .netrc with somebody's passwords
+            "GIT_ATTR_NOSYSTEM": "1", "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": "/dev/null",
             "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "/bin/true",
             "GIT_ALLOW_PROTOCOL": _PROTOCOLS, "GIT_SSH_COMMAND": _SSH, "GIT_LFS_SKIP_SMUDGE": "1",
             "GIT_CONFIG_COUNT": str(len(settings)),
