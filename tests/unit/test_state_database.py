@@ -97,6 +97,28 @@ def test_what_is_saved_later_is_written_with_the_next_commit(tmp_path: Path) -> 
     asyncio.run(work())
 
 
+def test_names_are_exchanged_whatever_was_put_off(tmp_path: Path) -> None:
+    async def work() -> None:
+        database = Database(str(tmp_path / "state.db"))
+        workloads = Workloads(database)
+        old, twin = (Workload(_record(f"{number:064}", f"w{number}")) for number in range(2))
+        for one in (old, twin):
+            workloads.add(one)
+        workloads.save_later(twin)
+        workloads.exchange(old, twin)
+        assert (old.record.name, twin.record.name) == ("w1", "w0")
+        assert workloads.find("w0") is twin
+        rows = dict(database.execute("SELECT id, name FROM workloads").fetchall())
+        assert rows == {old.id: "w1", twin.id: "w0"}
+        workloads.discard(old)
+        with pytest.raises(NotFound):
+            workloads.exchange(old, twin)
+        assert (old.record.name, twin.record.name) == ("w1", "w0")
+        database.close()
+
+    asyncio.run(work())
+
+
 def test_a_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "state.db")
     Database(path).close()

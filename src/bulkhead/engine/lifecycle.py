@@ -132,7 +132,9 @@ class Lifecycle:
         engine.reservations.rebalance()
         # Not flushed: after a loss of power nothing runs, whatever the record says. And what ends
         # at once need not be written twice: until then a next engine sees by itself that it runs.
-        if record.boundary == "container" and not record.host.cgroup_parent:
+        # One that no record knows would be ended then: only who waits for it puts up with that.
+        known = workload.attachment is not None or engine.workloads.written(workload)
+        if known and record.boundary == "container" and not record.host.cgroup_parent:
             engine.workloads.save_later(workload)
             engine.write_soon()
         else:

@@ -255,6 +255,10 @@ class Workloads:
         if workload.id in self._by_id:
             self._late[workload.id] = workload
 
+    def written(self, workload: Workload) -> bool:
+        """Whether the database knows of it."""
+        return workload.id not in self._unwritten
+
     def _write(self, record: Record, *, durable: bool) -> None:
         with self._writing(durable):
             self._put(record)
@@ -278,14 +282,23 @@ class Workloads:
         self.save(workload)
 
     def exchange(self, one: Workload, other: Workload) -> None:
-        """Let each have the other's name; one commit."""
+        """Let each have the other's name; one commit. NotFound if one is gone."""
+        for workload in (one, other):
+            if self._by_id.get(workload.id) is not workload:
+                raise NotFound(f"No such container: {workload.record.name}")
+        self.flush()  # with their names as they are: put off, one could meet the other's
         first, second = one.record, other.record
+        before = first.name, second.name
         free, first.name, second.name = second.name, f"{second.name}.", first.name
-        with self._writing(durable=True):
-            for record in (first, second):  # at no time have two one name
-                self._put(record)
-            first.name = free
-            self._put(first)
+        try:
+            with self._writing(durable=True):
+                for record in (first, second):  # at no time have two one name
+                    self._put(record)
+                first.name = free
+                self._put(first)
+        except BaseException:
+            first.name, second.name = before
+            raise
         for record in (first, second):
             self._names[record.name] = record.id
 
