@@ -2,7 +2,7 @@
 
     python -I -m bulkhead.volumes.checker IMAGE
 
-What the program reads is hostile. It therefore runs as nobody's user, without capabilities, in
+What the program reads is hostile. It therefore runs as a user of its own, without capabilities, in
 namespaces of its own without a network, sees the host's files but can write to none, can make no
 file grow beyond the disk, and has a filter with the few system calls that it needs. It has the
 image as descriptor 3, by whose name it opens it. Exit codes are e2fsck's; 125 if the jail cannot be
@@ -19,8 +19,8 @@ from bulkhead.isolation.seccomp.compile import compile_filter
 from bulkhead.linux import mounts, namespaces, prctl, seccomp
 from bulkhead.oci.runtime import Seccomp, Syscall, SyscallArg
 
-UID = 0x6FFFFFFF
-"""Nobody's; below those of guests."""
+UIDS = range(0x6F000000, 0x6F400000)
+"""Nobody's; below those of guests. One per process id: two that run cannot reach each other."""
 FAILED = 125
 _IMAGE = 3
 _PATHS = "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"
@@ -64,8 +64,14 @@ def profile() -> Seccomp:
     )
 
 
+def own_uid() -> int:
+    """The user, and group, of this process's jail; process ids are below 1 << 22 (proc(5))."""
+    return UIDS[os.getpid()]
+
+
 def confine(size: int) -> None:
     """Give up everything but the image."""
+    uid = own_uid()
     namespaces.unshare(
         namespaces.NEWNS | namespaces.FLAGS["network"] | namespaces.FLAGS["ipc"]
         | namespaces.FLAGS["uts"]
@@ -86,8 +92,8 @@ def confine(size: int) -> None:
     ):  # fmt: skip
         resource.setrlimit(kind, (most, most))
     os.setgroups([])
-    os.setresgid(UID, UID, UID)
-    os.setresuid(UID, UID, UID)
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
     prctl.prctl(_DEATH, signal.SIGKILL)
     prctl.prctl(_NO_NEW_PRIVS, 1)
 
@@ -101,7 +107,7 @@ def main(path: str) -> int:
     try:
         filter_ = compile_filter(profile())
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        os.fchown(fd, UID, UID)
+        os.fchown(fd, own_uid(), own_uid())
         size = os.fstat(fd).st_size
         os.dup2(fd, _IMAGE)
         os.set_inheritable(_IMAGE, True)

@@ -107,9 +107,21 @@ def lend(directory: str) -> str:
         if time.monotonic() > deadline:
             raise Conflict(f"{path} is still being written back by the host")
         time.sleep(0.02)
-    with _locks[directory], open(f"{directory}/{GUEST}", "wb"):
-        pass
+    with _locks[directory]:
+        _mark(directory)
     return path
+
+
+def _mark(directory: str) -> None:
+    """On the disk before a guest can write: a host that crashed is to check, too."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    with open(f"{directory}/{GUEST}", "wb") as mark:
+        os.fsync(mark.fileno())
+    folder = os.open(directory, flags)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _looped() -> set[str]:
