@@ -100,7 +100,7 @@ static int connect_planner(const char *root)
     socklen_t size = sizeof peer;
     struct stat s;
     int length = root && *root ? snprintf(place, sizeof place, "%s", root) : 0;
-    if ((!length && default_root(place, sizeof place)) || length < 0 || length >= (int)sizeof place - 10)
+    if ((!length && default_root(place, sizeof place - 10)) || length < 0 || length >= (int)sizeof place - 10)
         return -1;
     strcat(place, "/.planner");
     if (readlink("/proc/self/ns/mnt", link, sizeof link - 1) < 6 || strncmp(link, "mnt:[", 5))
@@ -368,8 +368,14 @@ static int ask(const char *root, char **argv)
             return after ? after : code;
         }
         case EXIT: close(server); return data.order.value & 0xFF;
-        default: close(server); return -1;
+        default: /* REFUSED */
+            if (begun)
+                break;
+            close(server);
+            return -1;
         }
+        if (data.order.kind != LAUNCH && data.order.kind != REAP)
+            break;
         begun = 1;
         for (int n = 0; n < count; n++)
             close(fds[n]);
@@ -419,6 +425,7 @@ int main(int argc, char **argv)
     if (argc < 1)
         return FAILED;
     open_missing();
+    signal(SIGCHLD, SIG_DFL); /* ignored, it would take our children's exit codes; wait(2) */
     if (before) {
         sealed_by_us = 1;
         snprintf(self_path, sizeof self_path, "%s", before);

@@ -166,7 +166,10 @@ def _discard(directory: str) -> None:
     """Remove a directory that did not become a container's."""
     if os.path.exists(directory):
         for name in os.listdir(directory):  # shutil would cost a command 5 ms of import
-            os.unlink(f"{directory}/{name}")
+            try:
+                os.unlink(f"{directory}/{name}")
+            except IsADirectoryError:  # a restore was killed: its mount went with it
+                os.rmdir(f"{directory}/{name}")
         os.rmdir(directory)
 
 
