@@ -18,7 +18,6 @@ import errno
 import functools
 import json
 import os
-import select
 import shutil
 from collections.abc import Callable
 from signal import SIGKILL
@@ -43,6 +42,7 @@ from bulkhead.errors import (
 from bulkhead.isolation import rootfs as root_plan
 from bulkhead.isolation.seccomp import profile
 from bulkhead.linux import mounts, overlayfs, pidfd
+from bulkhead.linux.fds import readable
 from bulkhead.oci import runtime as oci
 
 PROGRAM = "/usr/bin/runsc"
@@ -420,7 +420,7 @@ def _wait(launched: Launched) -> None:
     with contextlib.suppress(ProcessLookupError):
         target = launched.pidfd or pidfd.open_process(launched.pid)
         with target:
-            select.select([int(target)], [], [], _TELL_S)
+            readable(int(target), _TELL_S)
 
 
 def _running(path: str) -> bool:

@@ -131,11 +131,10 @@ class MicrovmBoundary(GuestBoundary):
                 pid,
                 int(image),
                 images.GO_ON,
-                meanwhile=lambda: sparse.copy_file(disk, f"{directory}/{SAVED_DISK}"),
+                meanwhile=lambda: sparse.copy_file(disk, f"{directory}/{SAVED_DISK}", 0o600),
             )
             # QEMU has had that file open, and goes on: what it could still write is no snapshot.
-            sparse.copy_file(scratch, f"{directory}/{SAVED_IMAGE}")
-            os.chmod(f"{directory}/{SAVED_IMAGE}", 0o600)
+            sparse.copy_file(scratch, f"{directory}/{SAVED_IMAGE}", 0o600)
 
     def plugs(self, pid: int, cards: int) -> hotplug.Plugs:
         """The places of its template that are empty."""

@@ -8,14 +8,13 @@ import asyncio
 import contextlib
 import json
 import os
-import select
 import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bulkhead.engine.records import Workload
 from bulkhead.errors import BulkheadError, Conflict, Invalid, NotFound, Unavailable
-from bulkhead.linux.fds import OwnedFd
+from bulkhead.linux.fds import OwnedFd, readable
 from bulkhead.machines import link
 from bulkhead.machines.link import Kind
 
@@ -202,7 +201,7 @@ async def _ready(fd: int, *, write: bool) -> None:
 async def _read(fd: int) -> bytes:
     while True:
         await _ready(fd, write=False)
-        if select.select([fd], [], [], 0)[0]:
+        if readable(fd, 0):
             try:
                 return os.read(fd, _PIECE)
             except BlockingIOError:

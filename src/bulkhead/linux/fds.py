@@ -1,6 +1,7 @@
 """Owned file descriptors."""
 
 import os
+import select
 from types import TracebackType
 from typing import Self
 
@@ -62,3 +63,13 @@ class OwnedFd:
 
     def __repr__(self) -> str:
         return f"OwnedFd({self._fd})"
+
+
+def readable(fd: int, timeout_s: float | None = None) -> bool:
+    """Whether there is something to read, or an end, within that time; None: for ever.
+
+    By poll(2): select(2) has no descriptors above 1023, which an engine comes to.
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000))

@@ -12,9 +12,13 @@ _STEP = 1 << 20
 _CANNOT = frozenset({errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS})
 
 
-def copy_file(source: str, target: str) -> None:
-    """Make `target`, which must not be there, a copy of `source`; OSError."""
-    with open(source, "rb") as old, open(target, "xb") as new:
+def copy_file(source: str, target: str, mode: int = 0o666) -> None:
+    """Make `target`, which must not be there, a copy of `source`; `mode` is open(2)'s. OSError."""
+
+    def opener(path: str, flags: int) -> int:
+        return os.open(path, flags, mode)
+
+    with open(source, "rb") as old, open(target, "xb", opener=opener) as new:
         try:
             fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
             return

@@ -7,7 +7,6 @@ still hold ports, and must not be dismissed (`busy`).
 import contextlib
 import json
 import os
-import select
 import socket
 import sys
 import time
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from bulkhead.home import Home
+from bulkhead.linux.fds import readable
 from bulkhead.network.attached import Attached
 
 NAME = "network"
@@ -173,7 +173,7 @@ class HelperLink:
             left = deadline - time.monotonic()
             if left <= 0 or self._peer is None:
                 return False
-            select.select([self._peer], [], [], left)
+            readable(self._peer.fileno(), left)
         return self._peer is not None
 
     def forget(self) -> None:

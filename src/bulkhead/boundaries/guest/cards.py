@@ -9,6 +9,7 @@ stays when its network is taken away, without any but the address from which our
 All of it blocks, and is for threads.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -76,8 +77,10 @@ def read(directory: str) -> Wires:
 
 def write(directory: str, wires: Wires) -> None:
     """Write them."""
-    with open(f"{directory}/{NAME}", "wb") as file:
+    scratch = f"{directory}/{NAME}.new"
+    with open(scratch, "wb") as file:
         file.write(msgspec.json.encode(wires))
+    os.rename(scratch, f"{directory}/{NAME}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ Everything here blocks, for at most the time given: it is for threads.
 import contextlib
 import errno
 import os
-import select
 import socket
 import stat
 import struct
@@ -21,7 +20,7 @@ from typing import Self
 from bulkhead.boundaries.guest import frames
 from bulkhead.errors import Unavailable
 from bulkhead.linux import openat2
-from bulkhead.linux.fds import OwnedFd
+from bulkhead.linux.fds import OwnedFd, readable
 from bulkhead.linux.mounts import AT_FDCWD
 from bulkhead.linux.program import Compiled, Fd, Program
 
@@ -230,7 +229,7 @@ class Patient:
             if self._excused():
                 deadline = time.monotonic() + self._timeout_s
             left = deadline - time.monotonic()
-            if select.select([self._fd], [], [], max(0.0, min(left, 1.0)))[0]:
+            if readable(self._fd, min(left, 1.0)):
                 continue
             if left <= 0:
                 raise Unavailable(f"the guest sent nothing for {self._timeout_s:.0f} s")

@@ -102,6 +102,8 @@ def kernel(home: Home, path: str) -> str:
         with os.fdopen(fd, "wb") as copy:
             copy.write(data)
             os.fchmod(copy.fileno(), 0o555)
+            copy.flush()
+            os.fsync(copy.fileno())  # what has this name is never made again
         os.rename(scratch, made)
         undo.pop_all()
     return made

@@ -9,9 +9,10 @@ bounded, and is believed no more than the guest.
 import contextlib
 import json
 import os
-import select
 import socket
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -19,10 +20,14 @@ from typing import Any, Self
 from bulkhead.boundaries.vmm import images, qemu
 from bulkhead.errors import Unavailable, Unsupported
 from bulkhead.linux import pidfd
+from bulkhead.linux.fds import readable
 
 _ANSWER_S = 20.0
+_TURN_S = 120.0
 _MAX = 1 << 20
 _NAME = "qemu"
+_turns: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
+"""Whose turn it is at a machine: two at once would take each other's answers."""
 
 
 class Control:
@@ -44,8 +49,12 @@ class Control:
             raise Unsupported("this machine was booted, not cloned: it has no control") from None
         copy.take()
         self._data = bytearray()
+        self._turn = _turns[pid]
 
     def __enter__(self) -> Self:
+        if not self._turn.acquire(timeout=_TURN_S):
+            self._socket.close()
+            raise Unavailable("the machine is being changed, and that does not end")
         return self
 
     def __exit__(
@@ -55,6 +64,7 @@ class Control:
         trace: TracebackType | None,
     ) -> None:
         self._socket.close()
+        self._turn.release()
 
     def execute(self, command: str, *, fds: Sequence[int] = (), **arguments: Any) -> Any:
         """QEMU's answer; Unavailable with its words if it refuses or does not answer."""
@@ -86,7 +96,7 @@ class Control:
             if left <= 0 or len(self._data) > _MAX:
                 raise Unavailable("QEMU does not answer")
             # The description of the socket is QEMU's too: its mode stays as it is.
-            if select.select([self._socket], [], [], left)[0]:
+            if readable(self._socket.fileno(), left):
                 received = self._socket.recv(65536, socket.MSG_DONTWAIT)
                 if not received:
                     raise Unavailable("QEMU has ended")
