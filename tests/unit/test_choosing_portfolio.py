@@ -297,3 +297,25 @@ def test_a_container_of_a_docker_host_brings_image_and_volumes_along() -> None:
     for host in ("ssh://x", "nothing"):
         with pytest.raises(Invalid, match="name it as unix"):
             docker.inventory(host)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.yaml", "services: {a: {image: x, mem_limit: 1e999}}"),
+        ("a.yaml", f"services: {{a: {{image: x, mem_limit: {'9' * 390}}}}}"),
+        ("a.yaml", "services: {a: {image: x, mem_limit: -1}}"),
+        ("a.yaml", "services: {a: {image: x, cpus: inf}}"),
+        ("a.yaml", "services: {a: {image: x, scale: 1000000000}}"),
+        ("a.yaml", "{apiVersion: v1, kind: List, items: 5}"),
+        ("a.yaml", "{apiVersion: v1, kind: Service, spec: x}"),
+        ("a.yaml", "{apiVersion: v1, kind: Service, metadata: [1]}"),
+        ("a.yaml", "{apiVersion: v1, kind: Pod, spec: "
+                   "{containers: [{resources: {limits: {cpu: 1e999}}}]}}"),
+        ("a.xml", '<?xml version="1.0" encoding="foo"?><domain/>'),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused_with_its_file(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(Invalid, match=name):
+        sources.items(str(tmp_path / name), {})

@@ -7,7 +7,15 @@ from typing import Any
 
 from bulkhead.choosing.documents import yaml_document
 from bulkhead.choosing.facts import FIRM, HINT, SAID, statement
-from bulkhead.choosing.items import TENANT, Item, Mount, memory
+from bulkhead.choosing.items import (
+    MOST_NANO_CPUS,
+    MOST_REPLICAS,
+    TENANT,
+    Item,
+    Mount,
+    memory,
+    within,
+)
 from bulkhead.choosing.words import read
 from bulkhead.errors import Invalid
 
@@ -55,7 +63,7 @@ def items(text: str, source: str, environ: Mapping[str, str] | None = None) -> l
             found.append(reader.item(volumes, networks))
         except KeyError as error:
             raise Invalid(f"{source}: services.{name}: {error} is missing") from error
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise Invalid(f"{source}: services.{name}: {error}") from error
         except Invalid as error:
             place = "" if error.message.startswith(source) else f"{source}: services.{name}: "
@@ -151,7 +159,7 @@ class _Service:
             labels=labels,
             user=_text(own.get("user") or ""),
             ports=[_port(one) for one in own.get("ports") or ()],
-            depends=list(own.get("depends_on") or ()),
+            depends=[str(one) for one in own.get("depends_on") or ()],
             privileged=own.get("privileged") is True,
             capabilities=_list(own.get("cap_add")),
             devices=[str(one).partition(":")[0] for one in own.get("devices") or ()],
@@ -213,8 +221,10 @@ class _Service:
             own.get("mem_limit") or limits.get("memory") or own.get("mem_reservation")
             or wanted.get("memory"), where, decimal=False,
         )  # fmt: skip
-        item.nano_cpus = int(float(own.get("cpus") or limits.get("cpus") or 0) * 10**9)
-        item.replicas = int(own.get("scale") or deploy.get("replicas") or 1)
+        cpus = float(own.get("cpus") or limits.get("cpus") or 0)
+        item.nano_cpus = within(cpus * 10**9, MOST_NANO_CPUS, f"{where}: cpus")
+        count = own.get("scale") or deploy.get("replicas") or 1
+        item.replicas = within(float(count), MOST_REPLICAS, f"{where}: replicas")
         for device in wanted.get("devices") or ():
             item.devices.append(f"{'/'.join(_list(device.get('capabilities')))} of the host")
             item.notes.append("deploy: devices by capability must be named with --device")

@@ -8,7 +8,8 @@ import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
-from bulkhead.choosing.items import OURS, TENANT, Item, Mount, hints
+from bulkhead.choosing import items
+from bulkhead.choosing.items import OURS, TENANT, Item, Mount, hints, within
 from bulkhead.errors import Invalid, Unavailable
 
 MOST_BYTES = 64 << 20
@@ -184,12 +185,21 @@ def inventory(host: str) -> list[Item]:
                     images[image] = {}
             if images.get(image):
                 add_image(item, images[image])
+            within(item.memory, items.MOST_BYTES, f"{host}: {item.name}: memory")
+            within(item.nano_cpus, items.MOST_NANO_CPUS, f"{host}: {item.name}: processors")
             found.append(item)
         return found
     except (OSError, http.client.HTTPException) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
         raise Unavailable(f"{host} cannot be reached: {reason}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise Invalid(f"{host} does not answer as a Docker host does: {error}") from error
     finally:
         connection.close()

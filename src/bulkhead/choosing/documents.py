@@ -185,7 +185,7 @@ def xml_root(text: bytes, source: str) -> ElementTree.Element:
         return ElementTree.fromstring(text, parser)  # noqa: S314
     except Invalid as error:
         raise Invalid(f"{source}: {error.message}") from None
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
         raise Invalid(f"{source}: not XML: {error}") from None
 
 

@@ -15,6 +15,9 @@ from bulkhead.errors import Invalid
 
 NEEDS = "bulkhead.needs"
 """The label whose value is a description in words; NEEDS.KEY is one fact."""
+MOST_BYTES = 1 << 60
+MOST_NANO_CPUS = 10**15
+MOST_REPLICAS = 10_000
 TENANT = "bulkhead.tenant"
 OURS = "bulkhead."
 _NOT_BY_IMAGES = frozenset({"trust", "tenancy", "virtualisation", "kvm"})
@@ -234,18 +237,26 @@ def memory(value: object, where: str, *, decimal: bool = True) -> int:
     if isinstance(value, bool) or value is None:
         return 0
     if isinstance(value, int | float):
-        return int(value)
+        return within(value, MOST_BYTES, where)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
     unit = (match[2] if decimal else match[2].lower()) if match else ""
     scale = _SCALES.get(unit) if match else None
     if match is None or scale is None:
         raise Invalid(f"{where}: {value!r} is no size")
-    return int(float(match[1]) * scale)
+    return within(float(match[1]) * scale, MOST_BYTES, where)
+
+
+def within(value: float, most: int, where: str) -> int:
+    """The whole number that `value` is; Invalid if it is not from 0 to `most`."""
+    if not 0 <= value <= most:
+        raise Invalid(f"{where}: a number is not between 0 and {most}")
+    return int(value)
 
 
 _SCALES = {
-    "": 1, "b": 1, "B": 1, "k": 1 << 10, "K": 1 << 10, "kb": 1 << 10, "KB": 1 << 10, "Ki": 1 << 10,
-    "KiB": 1 << 10, "m": 1 << 20, "M": 10**6, "mb": 1 << 20, "MB": 1 << 20, "Mi": 1 << 20,
-    "MiB": 1 << 20, "g": 1 << 30, "G": 10**9, "gb": 1 << 30, "GB": 1 << 30, "Gi": 1 << 30,
-    "GiB": 1 << 30, "t": 1 << 40, "T": 10**12, "Ti": 1 << 40, "TiB": 1 << 40,
+    "": 1, "b": 1, "B": 1, "bytes": 1,
+    "k": 1 << 10, "K": 1 << 10, "kb": 1 << 10, "KB": 1 << 10, "Ki": 1 << 10, "KiB": 1 << 10,
+    "m": 1 << 20, "M": 10**6, "mb": 1 << 20, "MB": 1 << 20, "Mi": 1 << 20, "MiB": 1 << 20,
+    "g": 1 << 30, "G": 10**9, "gb": 1 << 30, "GB": 1 << 30, "Gi": 1 << 30, "GiB": 1 << 30,
+    "t": 1 << 40, "T": 10**12, "Ti": 1 << 40, "TiB": 1 << 40,
 }  # fmt: skip

@@ -5,7 +5,16 @@ from typing import Any
 
 from bulkhead.choosing.documents import yaml_documents
 from bulkhead.choosing.facts import HINT, SAID, statement
-from bulkhead.choosing.items import NEEDS, TENANT, Item, Mount, memory
+from bulkhead.choosing.items import (
+    MOST_NANO_CPUS,
+    MOST_REPLICAS,
+    NEEDS,
+    TENANT,
+    Item,
+    Mount,
+    memory,
+    within,
+)
 from bulkhead.errors import Invalid
 
 KINDS = frozenset(
@@ -21,10 +30,16 @@ def is_manifest(document: Any) -> bool:
 
 def items(text: str, source: str) -> list[Item]:
     """The containers that a file's manifests make; Invalid for what is no manifest."""
-    documents = list(_flat(yaml_documents(text, source)))
+    try:
+        return _items(yaml_documents(text, source), source)
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
+        raise Invalid(f"{source}: it is no manifest: {error}") from error
+
+
+def _items(documents: list[Any], source: str) -> list[Item]:
     found: list[Item] = []
     ports: dict[str, Any] = {}
-    for document in documents:
+    for document in _flat(documents):
         if not is_manifest(document):
             raise Invalid(f"{source}: it has no apiVersion and kind: it is no manifest")
         kind = str(document["kind"])
@@ -33,7 +48,7 @@ def items(text: str, source: str) -> list[Item]:
         if kind in KINDS:
             try:
                 found += _workload(kind, document, source)
-            except (TypeError, ValueError, AttributeError, KeyError) as error:
+            except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
                 raise Invalid(f"{source}: {kind} {_name(document)}: {error}") from error
     for service in ports.values():
         _publish(service, found)
@@ -95,7 +110,8 @@ def _workload(kind: str, document: Mapping[str, Any], source: str) -> list[Item]
         item.labels = dict(labels)
         item.group = item.tenant = str(metadata.get("namespace") or "")
         item.tenant = labels.get(TENANT, item.tenant)
-        item.replicas = int((document.get("spec") or {}).get("replicas") or 1)
+        count = float((document.get("spec") or {}).get("replicas") or 1)
+        item.replicas = within(count, MOST_REPLICAS, f"{source}: {name}: replicas")
         _by_kind(kind, item, pod)
         if len(containers) > 1:
             item.notes.append(f"it shares a pod with {len(containers) - 1} other containers")
@@ -134,7 +150,7 @@ def _item(
         source=source,
         image=str(container.get("image") or ""),
         memory=memory(limits.get("memory") or wanted.get("memory"), where),
-        nano_cpus=_cpus(limits.get("cpu") or wanted.get("cpu")),
+        nano_cpus=_cpus(limits.get("cpu") or wanted.get("cpu"), f"{where}: cpu"),
         entrypoint=[str(one) for one in container.get("command") or ()],
         command=[str(one) for one in container.get("args") or ()],
         user=str(security.get("runAsUser", "")),
@@ -177,8 +193,9 @@ def _mounts(item: Item, container: Mapping[str, Any], volumes: Mapping[str, Any]
             item.notes.append(f"{target} comes from the cluster ({', '.join(volume) or 'unknown'})")
 
 
-def _cpus(value: Any) -> int:
+def _cpus(value: Any, where: str) -> int:
     if value is None:
         return 0
     text = str(value)
-    return int(text[:-1]) * 10**6 if text.endswith("m") else int(float(text) * 10**9)
+    nano = float(text[:-1]) * 10**6 if text.endswith("m") else float(text) * 10**9
+    return within(nano, MOST_NANO_CPUS, where)

@@ -145,6 +145,8 @@ def strange(item: Item) -> str:
     """A name of it that a command would take for an option, "" if there is none."""
     sources = [one.source for one in item.mounts]
     names = [item.image, *item.networks, *sources, *item.disks]
+    if from_docker(item):
+        names.append(item.name)
     return next((one for one in names if one.startswith("-")), "")
 
 
