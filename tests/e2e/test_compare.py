@@ -52,7 +52,8 @@ def test_figures_are_measured_and_written(here: Installation, tmp_path: Path) ->
     if not seen:
         (gap,) = [one for one in found["gaps"] if one["metric"] == "surface.seen"][:1]
         pytest.skip(f"no tracing here: {gap['reason']}")
-    assert {"getppid", "accept4", "write"} <= set(seen["surface.seen"])
+    # Not its own calls, which begin at a moment: on a busy host, before they are watched.
+    assert {"accept4", "write"} <= set(seen["surface.seen"])
     again = json.loads(here.cli("compare", "--last", "--json").ok().out)
     assert again == found
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from bulkhead.boundaries.guest import initramfs, kernels
 from bulkhead.boundaries.vmm.acceleration import acceleration
 from bulkhead.comparing import processes
-from bulkhead.comparing.spawn import FailedError, said, spoken
+from bulkhead.comparing.spawn import FailedError, quietly, said, spoken
 from bulkhead.comparing.subjects import PROBE, Child, Running, end
 from bulkhead.home import Home
 
@@ -40,11 +40,7 @@ class Runtime:
         if probe not in self._bundles:
             place = f"{self.folder}/{self.name}-{len(self._bundles)}"
             os.mkdir(place)
-            done = subprocess.run(
-                [self.words[0], "spec"], cwd=place, capture_output=True, check=False
-            )
-            if done.returncode:
-                raise FailedError(f"{self.name} spec: exit status {done.returncode}")
+            said([self.words[0], "spec", "--bundle", place])
             with open(f"{place}/config.json", "r+", encoding="utf-8") as file:
                 spec = json.load(file)
                 spec["process"] |= {"terminal": False, "args": [PROBE, *probe], "cwd": "/"}
@@ -66,18 +62,22 @@ class Runtime:
         identity = f"compare-{uuid.uuid4().hex}"
         bundle = self._bundle(probe)
         try:
-            done = subprocess.run(
-                [*self.words, "run", "--detach", "--bundle", bundle, identity],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                check=False,
-            )  # fmt: skip
-            if done.returncode:
-                raise FailedError(f"{self.name} run --detach: exit status {done.returncode}")
+            status = quietly([*self.words, "run", "--detach", "--bundle", bundle, identity])
+            if status:
+                raise FailedError(f"{self.name} run --detach: exit status {status}")
             yield Bundled(self, identity)
         finally:
-            subprocess.run(
-                [*self.words, "delete", "--force", identity], capture_output=True, check=False
-            )
+            quietly([*self.words, "delete", "--force", identity])
+
+    def clear(self) -> None:
+        """Take away what a command that was cut off has left."""
+        try:
+            left = json.loads(said([*self.words, "list", "--format", "json"])) or []
+            names = [str(one["id"]) for one in left]
+        except (FailedError, ValueError, TypeError, KeyError):
+            return
+        for name in names:
+            quietly([*self.words, "delete", "--force", name])
 
 
 @dataclass
@@ -151,7 +151,7 @@ def runtimes(folder: str, root: str) -> list[Runtime]:
     for name in ("runc", "crun", "runsc"):
         if shutil.which(name):
             options = ("--network=none", "--ignore-cgroups") if name == "runsc" else ()
-            version = said([name, "--version"]).splitlines()[0]
+            version = said([name, "--version"]).partition("\n")[0]
             state = f"{folder}/{name}-state"
             os.mkdir(state)
             words = [name, "--root", state, *options]
@@ -163,7 +163,7 @@ def qemu(home: Home, folder: str, probe: str) -> Qemu:
     """Plain QEMU; NotFound without a guest kernel, FailedError without QEMU."""
     if not shutil.which("qemu-system-x86_64"):
         raise FailedError("not installed: apt-get install qemu-system-x86")
-    version = said(["qemu-system-x86_64", "--version"]).splitlines()[0]
+    version = said(["qemu-system-x86_64", "--version"]).partition("\n")[0]
     kernel = kernels.find(home, "cloud")
     with open(probe, "rb") as file:
         data = initramfs.with_init(file.read())

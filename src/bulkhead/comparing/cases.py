@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import statistics
+import subprocess
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +18,7 @@ from bulkhead.comparing.prepare import Stage
 from bulkhead.comparing.samples import Estimate, interleaved, slope
 from bulkhead.comparing.spawn import FailedError, elapsed, said, timed
 from bulkhead.comparing.subjects import Engine, Running, Subject
+from bulkhead.errors import BulkheadError
 
 WORK = {
     "calls": tuple(f"call.{name}" for name in
@@ -59,7 +62,10 @@ class Rig:
         """What fails in the block is a gap of those metrics, not the end of the comparison."""
         try:
             yield
-        except (FailedError, OSError, ValueError, KeyError) as error:
+        except (
+            FailedError, BulkheadError, OSError, ValueError, LookupError, TypeError,
+            ArithmeticError, tarfile.TarError, subprocess.SubprocessError,
+        ) as error:  # fmt: skip
             for metric in metrics:
                 self.comparison.miss(subject, metric, str(error) or type(error).__name__)
 
@@ -78,19 +84,6 @@ def check(rig: Rig) -> None:
             rig.comparison.subjects[subject.name] = subject.kind
     rig.tell("trying", len(rig.subjects), len(rig.subjects))
     rig.stage.subjects[:] = working
-
-
-def _counted(rig: Rig, what: str, total: int, action: Callable[[], float]) -> Callable[[], float]:
-    done = 0
-
-    def counting() -> float:
-        nonlocal done
-        value = action()
-        done += 1
-        rig.tell(what, done, total)
-        return value
-
-    return counting
 
 
 def start(rig: Rig) -> None:
@@ -178,11 +171,12 @@ def _churn(subject: Subject, seconds: float = 2.0) -> float:
     """Runs to the end per second, with two at once."""
     counts = [0, 0]
     failures: list[FailedError] = []
+    over = threading.Event()
     begin = time.perf_counter()
 
     def work(place: int) -> None:
         try:
-            while time.perf_counter() - begin < seconds:
+            while time.perf_counter() - begin < seconds and not over.is_set():
                 timed(subject.run("first"), subject.env, console=subject.console)
                 counts[place] += 1
         except FailedError as error:
@@ -191,8 +185,14 @@ def _churn(subject: Subject, seconds: float = 2.0) -> float:
     threads = [threading.Thread(target=work, args=(place,)) for place in range(2)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    finally:
+        # Ended by a signal: what they use goes only after them.
+        over.set()
+        for thread in threads:
+            thread.join()
     if failures:
         raise failures[0]
     return sum(counts) / (time.perf_counter() - begin)

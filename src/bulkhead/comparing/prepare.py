@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from bulkhead import _native
 from bulkhead.comparing import bundles
-from bulkhead.comparing.spawn import FailedError, complain, said
+from bulkhead.comparing.spawn import LIMIT_S, FailedError, complain, quietly, said
 from bulkhead.comparing.subjects import PROBE, Bare, Engine, Subject
 from bulkhead.errors import BulkheadError, Invalid, Unsupported
 from bulkhead.home import Home
@@ -101,7 +101,7 @@ def stage(home: Home, image: str, names: Sequence[str], *, peers: bool) -> Gener
             home, folder, native("bulkhead-probe"), f"bulkhead-compare:{uuid.uuid4().hex[:12]}",
             _own_words(), env,
         )  # fmt: skip
-        undo.callback(_quietly, [*made.words, "rmi", "-f", made.tag], env)
+        undo.callback(_clear, made.words, made.tag, env)
         _make_image(made, image)
         made.subjects.append(Bare(made.probe))
         for name in boundaries(names):
@@ -142,7 +142,7 @@ def _add_probe(archive: tarfile.TarFile, path: str, name: str) -> None:
 @contextlib.contextmanager
 def _created(made: Stage, image: str) -> Generator[str]:
     words = [*made.words, "create", "--network", "none", image, PROBE]
-    identity = said(words, made.env).strip().splitlines()[-1]
+    identity = said(words, made.env).strip().rpartition("\n")[2]
     try:
         yield identity
     finally:
@@ -150,28 +150,40 @@ def _created(made: Stage, image: str) -> Generator[str]:
 
 
 def _feed(words: Sequence[str], env: dict[str, str] | None, data: bytes) -> None:
-    done = subprocess.run(words, env=env, input=data, capture_output=True, check=False)
+    try:
+        done = subprocess.run(
+            words, env=env, input=data, capture_output=True, timeout=LIMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise FailedError(f"{words[0]}: no end after {LIMIT_S:.0f} s") from None
     if done.returncode:
         raise complain(words, done.returncode, done.stderr)
 
 
-def _quietly(words: Sequence[str], env: dict[str, str] | None) -> None:
-    subprocess.run(words, env=env, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+def _clear(words: Sequence[str], tag: str, env: dict[str, str] | None) -> None:
+    """Remove the image, and the workloads of it that a command which was cut off has left."""
+    with contextlib.suppress(FailedError):
+        left = said([*words, "ps", "-aq", "--filter", f"ancestor={tag}"], env).split()
+        if left:
+            quietly([*words, "rm", "-f", *left], env)
+    quietly([*words, "rmi", "-f", tag], env)
 
 
 def _add_peers(made: Stage, undo: contextlib.ExitStack) -> None:
     for name in ENGINES:
         try:
             made.subjects.append(_engine(made, name, undo))
-        except FailedError as error:
+        except (FailedError, OSError) as error:
             made.missing[name] = str(error)
     root = f"{made.folder}/root"
     try:
         _unpack(made, root)
         found = bundles.runtimes(made.folder, root)
-    except FailedError as error:
+    except (FailedError, OSError) as error:
         made.missing["runc, crun, runsc"] = str(error)
     else:
+        for one in found:
+            undo.callback(one.clear)
         made.subjects += found
         there = {one.name for one in found}
         made.missing |= {
@@ -181,7 +193,7 @@ def _add_peers(made: Stage, undo: contextlib.ExitStack) -> None:
         }
     try:
         made.subjects.append(bundles.qemu(made.home, made.folder, made.probe))
-    except (FailedError, BulkheadError) as error:
+    except (FailedError, BulkheadError, OSError) as error:
         made.missing["qemu"] = str(error)
 
 
@@ -199,7 +211,7 @@ def _engine(made: Stage, name: str, undo: contextlib.ExitStack) -> Engine:
         version = said([program, "version", "--format", "{{.Client.Version}}"]).strip()
     path = f"{made.folder}/image.{name}.tar"
     said([*made.words, "save", "-o", path, made.tag], made.env)
-    undo.callback(_quietly, [program, "rmi", "-f", made.tag], None)
+    undo.callback(_clear, [program], made.tag, None)
     said([program, "load", "-i", path])
     os.unlink(path)
     tag = (
@@ -209,8 +221,7 @@ def _engine(made: Stage, name: str, undo: contextlib.ExitStack) -> Engine:
 
 
 def _knows(program: str, tag: str) -> bool:
-    done = subprocess.run([program, "image", "inspect", tag], capture_output=True, check=False)
-    return done.returncode == 0
+    return quietly([program, "image", "inspect", tag]) == 0
 
 
 def _unpack(made: Stage, root: str) -> None:
@@ -219,7 +230,6 @@ def _unpack(made: Stage, root: str) -> None:
     with _created(made, made.tag) as identity:
         path = f"{made.folder}/root.tar"
         said([*made.words, "export", "-o", path, identity], made.env)
-    with tarfile.open(path) as archive:
-        # Refuses what would leave the root.
-        archive.extractall(root, filter="tar")
+    # It writes nothing outside of the root: no "..", and links are made last. tar(1)
+    said(["tar", "--extract", "--numeric-owner", "--directory", root, "--file", path])
     os.unlink(path)

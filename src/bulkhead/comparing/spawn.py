@@ -49,6 +49,18 @@ def said(words: Sequence[str], env: Mapping[str, str] | None = None) -> str:
     return done.stdout.decode(errors="replace")
 
 
+def quietly(words: Sequence[str], env: Mapping[str, str] | None = None) -> int:
+    """Run a command that may fail, as an undo does; its exit status, -1 if it has none."""
+    try:
+        done = subprocess.run(
+            words, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, timeout=LIMIT_S, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return -1
+    return done.returncode
+
+
 def elapsed(words: Sequence[str], env: Mapping[str, str] | None = None) -> float:
     """Milliseconds from spawn to end; FailedError if it fails."""
     start = time.perf_counter()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from bulkhead.comparing import processes
-from bulkhead.comparing.spawn import FailedError, said
+from bulkhead.comparing.spawn import LIMIT_S, FailedError, said
 
 PROBE = "/bulkhead-probe"
 """Where the probe is in the image."""
@@ -104,7 +104,10 @@ class Child:
     def stop(self) -> None:
         """SIGTERM."""
         self.process.terminate()
-        self.process.wait()
+        try:
+            self.process.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            raise FailedError("it still runs after a SIGTERM") from None
 
 
 @dataclass
