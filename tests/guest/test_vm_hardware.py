@@ -174,7 +174,7 @@ def between(here: Installation, name: str, first: str, second: str) -> float:
 
 
 @pytest.mark.parametrize(
-    ("limit", "least_s"), [(("--iops", "20"), 2.0), (("--bps", str(80 << 10)), 2.0)]
+    ("limit", "least_s"), [(("--iops", "20"), 1.0), (("--bps", str(80 << 10)), 1.0)]
 )
 def test_disks_are_limited(
     here: Installation, tmp_path: Path, limit: tuple[str, str], least_s: float

@@ -45,6 +45,7 @@ def unpacked(*names: str, suite: str = "", dependencies: bool = False) -> Path:
     return place
 
 
+@functools.cache
 def missing(*names: str, suite: str = "", dependencies: bool = False) -> str:
     """Why they cannot be used here, "" if they can; fetches them at the first call."""
     try:

@@ -130,7 +130,9 @@ def test_connections_are_kept_if_asked(bundle: Bundle) -> None:
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED)
         except OSError as error:
             pytest.skip(f"CRIU asks TCP sockets what this kernel does not tell: {error}")
-    script = f"sleep 9999 | nc -l -p 99 & sleep 1; ({COUNT}) | nc 127.0.0.1 99"
+    listens = 'case "$(cat /proc/net/tcp /proc/net/tcp6)" in *:0063\\ *) true;; *) false;; esac'
+    script = "sleep 9999 | nc -l -p 99 & "
+    script += f"until {listens}; do sleep 0.1; done; ({COUNT}) | nc 127.0.0.1 99"
 
     def change(spec: dict[str, Any]) -> None:
         for kind in ("bounding", "effective", "permitted"):

@@ -55,7 +55,9 @@ def test_it_rests_while_there_are_no_descriptors(
     asyncio.run(main())
 
 
-def test_it_is_closed_while_it_rests(tmp_path: Path) -> None:
+def test_it_is_closed_while_it_rests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening, "REST_S", 3600.0)
+
     async def main() -> None:
         listeners = listening.Listeners(asyncio.get_running_loop())
         sock = _listen(tmp_path / "sock")

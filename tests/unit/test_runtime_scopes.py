@@ -106,18 +106,22 @@ def test_calls_and_signals(tmp_path: Path) -> None:
         server.bind(str(tmp_path / "bus"))
         server.listen()
 
+        def hear(client: socket.socket, word: bytes) -> None:
+            while word not in b"".join(heard):
+                piece = client.recv(4096)
+                if not piece:
+                    raise EOFError(f"it left without {word!r}")
+                heard.append(piece)
+
         def serve() -> None:
             client, _ = server.accept()
             with client:
-                while b"\r\n" not in b"".join(heard):
-                    heard.append(client.recv(4096))
+                hear(client, b"\r\n")
                 client.sendall(b"OK 0123\r\n")
-                while b"Start" not in b"".join(heard):
-                    heard.append(client.recv(4096))
+                hear(client, b"Start")
                 told = _message(4, [(3, ("s", "JobRemoved"))], "uoss", 7, "/job/7", "u", "done")
                 client.sendall(told + _message(2, [(5, ("u", 1))], "o", "/job/7"))
-                while b"Stop" not in b"".join(heard):
-                    heard.append(client.recv(4096))
+                hear(client, b"Stop")
                 fields: list[object] = [(4, ("s", "a.b.NoSuchUnit")), (5, ("u", 2))]
                 client.sendall(_message(3, fields, "s", "not there"))
 
