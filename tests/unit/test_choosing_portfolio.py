@@ -319,3 +319,9 @@ def test_what_makes_no_sense_is_refused_with_its_file(tmp_path: Path, name: str,
     (tmp_path / name).write_text(text)
     with pytest.raises(Invalid, match=name):
         sources.items(str(tmp_path / name), {})
+
+
+@pytest.mark.parametrize("host", ["tcp://h:99999", "tcp://[::1", "tcp://", "foo", ""])
+def test_what_is_no_docker_host_is_refused(host: str) -> None:
+    with pytest.raises(Invalid, match="--docker"):
+        docker.inventory(host)

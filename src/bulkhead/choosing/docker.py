@@ -149,9 +149,13 @@ def _connection(host: str) -> http.client.HTTPConnection:
     if scheme == "unix":
         return _UnixConnection(rest)
     if scheme in ("tcp", "http"):
-        at = urllib.parse.urlsplit(f"//{rest}")
-        if at.hostname:
-            return http.client.HTTPConnection(at.hostname, at.port or 2375, timeout=_TIMEOUT_S)
+        try:
+            at = urllib.parse.urlsplit(f"//{rest}")
+            name, port = at.hostname, at.port or 2375
+        except ValueError as error:
+            raise Invalid(f"--docker {host}: {error}") from None
+        if name:
+            return http.client.HTTPConnection(name, port, timeout=_TIMEOUT_S)
     raise Invalid(f"--docker {host}: name it as unix:///PATH or tcp://HOST:PORT")
 
 
@@ -163,7 +167,9 @@ def _get(connection: http.client.HTTPConnection, path: str, host: str) -> Any:
         raise Invalid(f"{host}: {path} answers with more than {MOST_BYTES >> 20} MiB")
     if answer.status != 200:
         raise Unavailable(f"{host}: GET {path} answers {answer.status}")
-    return json.loads(data)
+    found = json.loads(data)
+    json.dumps(found, ensure_ascii=False).encode()  # ValueError for halves of characters
+    return found
 
 
 def inventory(host: str) -> list[Item]:
