@@ -22,7 +22,7 @@ def _builder(cache: Cache, warnings: list[str], *comments: str) -> Any:
     step = SimpleNamespace(done=lambda: None)
     return SimpleNamespace(
         cache=cache,
-        options=SimpleNamespace(auths={}),
+        options=SimpleNamespace(auths={}, format="oci"),
         reporter=SimpleNamespace(step=lambda *_, **__: step, warn=warnings.append),
         host=SimpleNamespace(
             images=SimpleNamespace(pull=lambda *_: image),
