@@ -1,6 +1,7 @@
 """What all suites share: Hypothesis profiles and the list of failed tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,17 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Programs that are told no root (OCI runtimes keep filters there) have one of the tests'."""
+    if "BULKHEAD_ROOT" in os.environ:
+        yield
+        return
+    os.environ["BULKHEAD_ROOT"] = str(tmp_path_factory.mktemp("root"))
+    yield
+    del os.environ["BULKHEAD_ROOT"]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
