@@ -87,7 +87,7 @@ def main() -> int:
         command = ["unshare", "--mount", "--propagation", "slave", sys.executable, "-m", "bench"]
         os.execvp(command[0], [*command, *sys.argv[1:]])
     results: Result = {}
-    failed = 0
+    failed, text = 0, ""
     with contextlib.ExitStack() as stack:
         stack.enter_context(peers.crun_hierarchies())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory("bench", dir="/var/tmp")))
@@ -104,14 +104,19 @@ def main() -> int:
                 failed += 1
                 traceback.print_exc()
                 rig.facts[f"{name} (not measured)"] = str(error)[:300]
-        text = table(results, rig.facts)
+            text = table(results, rig.facts)
+            if options.write:  # what is measured is kept, whatever comes after it
+                _write(text, options.rounds)
     print(text)
-    if options.write:
-        head = PAGE.read_text().partition(MARK)[0]
-        machine = f"{os.cpu_count()} cores, Linux {platform.release()}"
-        day = time.strftime("%Y-%m-%d")
-        PAGE.write_text(f"{head}{MARK}\n\nMeasured {day} on {machine}.\n\n{text}\n")
     return 1 if failed else 0
+
+
+def _write(text: str, rounds: int) -> None:
+    head = PAGE.read_text().partition(MARK)[0]
+    machine = f"{os.cpu_count()} cores, Linux {platform.release()}"
+    day = time.strftime("%Y-%m-%d")
+    said = f"Measured {day} on {machine}, --rounds {rounds}."
+    PAGE.write_text(f"{head}{MARK}\n\n{said}\n\n{text}\n")
 
 
 if __name__ == "__main__":
