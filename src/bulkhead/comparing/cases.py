@@ -239,7 +239,7 @@ def _memory(rig: Rig, subject: Subject) -> None:
                 started.append(undo.enter_context(subject.start("idle")))
             points += [(count, machine.used_mib()) for _ in range(3)]
             if count in (counts[1], counts[-1]):
-                with contextlib.suppress(FailedError):
+                with rig.trying(subject.name, "answer.alone", "answer.full"):
                     words = started[0].exec("first")
                     answers[count] = statistics.median(
                         elapsed(words, subject.env) for _ in range(5)
@@ -247,7 +247,7 @@ def _memory(rig: Rig, subject: Subject) -> None:
         free = machine.free_mib()
     found = slope(points)
     rig.comparison.add(subject.name, "memory", found)
-    if found.value <= 0:
+    if found.low <= 0:  # a bound of how many fit would be made up
         rig.comparison.miss(subject.name, "density", "the memory of one more was not above noise")
         return
     expected = points[0][1] + counts[-1] * found.value
@@ -255,7 +255,7 @@ def _memory(rig: Rig, subject: Subject) -> None:
     room = free + counts[-1] * found.value
     rig.comparison.add(
         subject.name, "density",
-        Estimate(room / found.value, room / max(found.high, 1e-3), room / max(found.low, 1e-3)),
+        Estimate(room / found.value, room / found.high, room / found.low),
         f"checked with {counts[-1]}: {actual - points[0][1]:.0f} MiB more in use, "
         f"{expected - points[0][1]:.0f} expected",
     )  # fmt: skip
